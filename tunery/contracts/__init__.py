@@ -1,0 +1,1 @@
+"""What programs say to each other: files and lines, no libraries beyond pydantic."""

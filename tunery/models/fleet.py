@@ -1,0 +1,261 @@
+"""Where work runs: nodes, GPUs, attempts and what they hold, tasks, the outbox, the leader."""
+
+import uuid
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    Sequence,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Mapped, mapped_column
+
+from tunery.db import Base
+from tunery.models.columns import Created, Id, Json, Moment, one_of, project_key, same_project
+from tunery.states import ENDED_ATTEMPT, LIVE_ATTEMPT, AttemptState
+
+fence_seq = Sequence("fence_seq", metadata=Base.metadata)
+"""Global and strictly increasing: a later attempt or task lease always has a higher number."""
+
+_LIVE_SQL = ", ".join(f"'{state}'" for state in sorted(LIVE_ATTEMPT))
+_ENDED_SQL = ", ".join(f"'{state}'" for state in sorted(ENDED_ATTEMPT))
+
+
+class Node(Base):
+    __tablename__ = "nodes"
+    __table_args__ = (one_of("state", ("up", "cordoned", "draining", "down")),)
+
+    id: Mapped[Id]
+    name: Mapped[str] = mapped_column(unique=True)
+    boot_id: Mapped[uuid.UUID]
+    """New at every start of the node process."""
+    state: Mapped[str] = mapped_column(default="up")
+    task_slots: Mapped[int]
+    version: Mapped[str]
+    info: Mapped[Json]
+    registered_at: Mapped[Created]
+    last_seen_at: Mapped[Moment] = mapped_column(server_default=text("now()"))
+
+
+class Gpu(Base):
+    """A device an attempt can train on; a host without GPUs has one honest `cpu` device."""
+
+    __tablename__ = "gpus"
+    __table_args__ = (
+        UniqueConstraint("node_id", "uuid"),
+        one_of("kind", ("cuda", "cpu")),
+        one_of("state", ("healthy", "unhealthy", "dirty", "absent")),
+        CheckConstraint("reserved_bytes BETWEEN 0 AND usable_bytes", name="not_overcommitted"),
+    )
+
+    id: Mapped[Id]
+    node_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("nodes.id"))
+    uuid: Mapped[str]
+    """The driver's UUID, or `cpu`."""
+    index: Mapped[int]
+    kind: Mapped[str]
+    name: Mapped[str]
+    total_bytes: Mapped[int] = mapped_column(BigInteger)
+    usable_bytes: Mapped[int] = mapped_column(BigInteger)
+    reserved_bytes: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    """Kept by a trigger on `allocations`; nobody else writes it."""
+    state: Mapped[str] = mapped_column(default="healthy")
+
+
+class Slot(Base):
+    """Room for one attempt on a node."""
+
+    __tablename__ = "slots"
+
+    node_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("nodes.id"), primary_key=True)
+    no: Mapped[int] = mapped_column(primary_key=True)
+    attempt_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("attempts.id"), unique=True)
+
+
+class Engine(Base):
+    """A trainer process that holds one base model and trains many jobs of one organization over it."""
+
+    __tablename__ = "engines"
+    __table_args__ = (
+        one_of("state", ("starting", "up", "down")),
+        UniqueConstraint("node_id", "id"),
+    )
+
+    id: Mapped[Id]
+    organization_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("organizations.id"))
+    node_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("nodes.id"))
+    base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
+    precision: Mapped[str]
+    socket: Mapped[str]
+    """Path of the unix socket on its node where it takes attempts."""
+    state: Mapped[str] = mapped_column(default="starting")
+    created_at: Mapped[Created]
+
+
+class Attempt(Base):
+    """One try at running a job. At most one of a job's attempts is live."""
+
+    __tablename__ = "attempts"
+    __table_args__ = (
+        project_key(),
+        UniqueConstraint("project_id", "job_id", "no"),
+        same_project("job_id", "jobs"),
+        same_project("resume_checkpoint_id", "checkpoints", use_alter=True),
+        ForeignKeyConstraint(["node_id", "engine_id"], ["engines.node_id", "engines.id"]),
+        one_of("state", AttemptState),
+        CheckConstraint(f"(state IN ({_ENDED_SQL})) = (ended_at IS NOT NULL)", name="ended_when_over"),
+        CheckConstraint(
+            "(state IN ('claimed', 'running', 'stopping', 'publishing')) = (lease_expires_at IS NOT NULL)",
+            name="leased_when_held",
+        ),
+        Index("one_live_attempt", "job_id", unique=True, postgresql_where=text(f"state IN ({_LIVE_SQL})")),
+        Index("ix_attempts_node_live", "node_id", "state", postgresql_where=text(f"state IN ({_LIVE_SQL})")),
+        Index("ix_attempts_job", "job_id", "no"),
+    )
+
+    id: Mapped[Id]
+    project_id: Mapped[uuid.UUID]
+    job_id: Mapped[uuid.UUID]
+    no: Mapped[int]
+    fence: Mapped[int] = mapped_column(BigInteger, fence_seq, server_default=fence_seq.next_value(), unique=True)
+    state: Mapped[str] = mapped_column(default=AttemptState.ASSIGNED)
+    node_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("nodes.id"))
+    engine_id: Mapped[uuid.UUID | None]
+    claimed_by: Mapped[str | None]
+    """Which supervisor holds it: host, pid and a nonce."""
+    lease_expires_at: Mapped[Moment | None]
+    stop_reason: Mapped[str | None]
+    """Asked of the supervisor; rides on the reply to a renewal."""
+    resume_checkpoint_id: Mapped[uuid.UUID | None]
+    start_step: Mapped[int] = mapped_column(BigInteger, default=0)
+    last_event_seq: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Highest trainer event stored: a batch sent twice is stored once."""
+    details: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    """What the trainer said of itself: device, precision, parameters, versions, peak memory."""
+    failure_code: Mapped[str | None]
+    failure_message: Mapped[str | None]
+    log_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    assigned_at: Mapped[Created]
+    claimed_at: Mapped[Moment | None]
+    started_at: Mapped[Moment | None]
+    ended_at: Mapped[Moment | None]
+
+
+class AttemptNode(Base):
+    """An attempt may span nodes; rank 0's node supervises it."""
+
+    __tablename__ = "attempt_nodes"
+    __table_args__ = (same_project("attempt_id", "attempts"),)
+
+    attempt_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    rank: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[uuid.UUID]
+    node_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("nodes.id"))
+
+
+class Allocation(Base):
+    """GPU memory that an attempt or an engine holds. Insert and release move `gpus.reserved_bytes`."""
+
+    __tablename__ = "allocations"
+    __table_args__ = (
+        CheckConstraint("num_nonnulls(owner_attempt, owner_engine) = 1", name="one_owner"),
+        CheckConstraint("bytes >= 0", name="bytes_positive"),
+        Index("ix_allocations_held", "gpu_id", postgresql_where=text("released_at IS NULL")),
+        Index("ix_allocations_owner", "owner_attempt"),
+    )
+
+    id: Mapped[Id]
+    gpu_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("gpus.id"))
+    owner_attempt: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("attempts.id"))
+    owner_engine: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("engines.id"))
+    exclusive: Mapped[bool]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    """An exclusive allocation holds all usable bytes, whatever it was asked for."""
+    created_at: Mapped[Created]
+    released_at: Mapped[Moment | None]
+
+
+class Task(Base):
+    """CPU work (data checks, model imports): leased and fenced like an attempt, run on a node's task slots."""
+
+    __tablename__ = "tasks"
+    __table_args__ = (
+        one_of("state", ("queued", "leased", "succeeded", "failed", "cancelled")),
+        same_project("job_id", "jobs"),
+        CheckConstraint("(state = 'leased') = (lease_expires_at IS NOT NULL)", name="leased_when_held"),
+        Index("ix_tasks_open", "id", postgresql_where=text("state IN ('queued', 'leased')")),
+    )
+
+    id: Mapped[Id]
+    project_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("projects.id"))
+    """Who asked for it."""
+    kind: Mapped[str]
+    payload: Mapped[Json]
+    job_id: Mapped[uuid.UUID | None]
+    base_model_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("base_models.id"))
+    state: Mapped[str] = mapped_column(default="queued")
+    fence: Mapped[int] = mapped_column(BigInteger, default=0)
+    tries: Mapped[int] = mapped_column(default=0)
+    node_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("nodes.id"))
+    lease_expires_at: Mapped[Moment | None]
+    not_before: Mapped[Moment] = mapped_column(server_default=text("now()"))
+    error: Mapped[str | None]
+    created_at: Mapped[Created]
+    finished_at: Mapped[Moment | None]
+
+
+class Outbox(Base):
+    """Messages that leave after their transaction has committed; the relay sends and marks them."""
+
+    __tablename__ = "outbox"
+    __table_args__ = (Index("ix_outbox_unsent", "id", postgresql_where=text("published_at IS NULL")),)
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    project_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("projects.id"))
+    topic: Mapped[str]
+    payload: Mapped[Json]
+    created_at: Mapped[Created]
+    published_at: Mapped[Moment | None]
+
+
+class Usage(Base):
+    """What an attempt held and for how long, once it is over. One row an attempt and GPU."""
+
+    __tablename__ = "usage"
+    __table_args__ = (
+        UniqueConstraint("attempt_id", "gpu_id"),
+        same_project("attempt_id", "attempts"),
+        same_project("job_id", "jobs"),
+        ForeignKeyConstraint(["organization_id", "project_id"], ["projects.organization_id", "projects.id"]),
+    )
+
+    id: Mapped[Id]
+    organization_id: Mapped[uuid.UUID]
+    project_id: Mapped[uuid.UUID]
+    job_id: Mapped[uuid.UUID]
+    attempt_id: Mapped[uuid.UUID]
+    gpu_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("gpus.id"))
+    gpu_class: Mapped[str]
+    gpu_seconds: Mapped[float]
+    created_at: Mapped[Created]
+
+
+class Leader(Base):
+    """One row: who decides. Each decision reads it FOR SHARE with its own epoch."""
+
+    __tablename__ = "leader"
+    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, default=1)
+    holder: Mapped[str]
+    epoch: Mapped[int] = mapped_column(BigInteger)
+    expires_at: Mapped[Moment]
+    swept_at: Mapped[Moment]
+    """Last time leases were looked at: time in which nobody looked counts against nobody."""

@@ -1,0 +1,35 @@
+"""Messages that leave after commit. Only hints travel: whoever receives one asks Postgres what is true."""
+
+import uuid
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.orm import Session
+
+from tunery.models import Outbox
+
+RING_NODE = "ring_node"
+"""{"node_id", "attempt_id"}: an attempt was assigned to this node, or it should look at one it has."""
+RING_TASK = "ring_task"
+"""{"task_id"}: some node should look for tasks."""
+
+
+def send(session: Session, topic: str, project_id: uuid.UUID, payload: dict[str, Any]) -> None:
+    """Add a message to this transaction."""
+    session.add(Outbox(topic=topic, payload=payload, project_id=project_id))
+
+
+def unsent(session: Session, limit: int = 100) -> list[Outbox]:
+    """The oldest messages that wait, locked so that two relays never take the same."""
+    query = select(Outbox).where(Outbox.published_at.is_(None)).order_by(Outbox.id).limit(limit)
+    return list(session.scalars(query.with_for_update(skip_locked=True)))
+
+
+def mark_sent(session: Session, ids: list[int]) -> None:
+    session.execute(update(Outbox).where(Outbox.id.in_(ids)).values(published_at=func.now()))
+
+
+def sweep(session: Session, keep: timedelta = timedelta(days=1)) -> None:
+    """Forget messages sent long ago."""
+    session.execute(delete(Outbox).where(Outbox.published_at < func.now() - keep))

@@ -1,0 +1,86 @@
+"""Settings of each program: read once from the environment in its entry point, then passed down."""
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+
+class _Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="TUNERY_", frozen=True, extra="ignore")
+
+
+class DatabaseSettings(_Settings):
+    """Each program logs in as a role of its own; the URL carries that role's password."""
+
+    database_url: SecretStr
+
+
+class RedisSettings(_Settings):
+    redis_url: SecretStr
+
+
+class StorageSettings(_Settings):
+    s3_endpoint_url: str | None = None
+    """None means AWS itself."""
+    s3_bucket: str = "tunery"
+    s3_region: str = "us-east-1"
+    s3_access_key_id: SecretStr
+    s3_secret_access_key: SecretStr
+
+
+class Clocks(_Settings):
+    """Every time of the protocol, in seconds. All comparisons use the database's `now()`."""
+
+    lease_s: float = 45
+    """A lease lives so long after its last renewal."""
+    renew_s: float = 10
+    lost_grace_s: float = 30
+    """So long after a lease has expired, the reconciler declares the attempt lost."""
+    claim_timeout_s: float = 60
+    """An assigned attempt that nobody claims in this time is assigned again."""
+    leader_ttl_s: float = 6
+    leader_renew_s: float = 2
+    poll_s: float = 5
+    """How often a node asks for work without being rung, and says that it lives."""
+    tick_s: float = 10
+    """How often a supervisor tells its trainer that it lives."""
+    silent_node_s: float = 900
+    """GPUs of a node that says nothing are freed after this: a fenced trainer may still be on them."""
+    outage_grace_s: float = 900
+    """A trainer goes on for so long while the database cannot be reached."""
+    stop_grace_s: float = 120
+    """A trainer asked to stop is killed after this."""
+
+
+class ApiSettings(DatabaseSettings, RedisSettings, StorageSettings):
+    key_pepper: SecretStr
+    """Keys the HMAC of stored API keys; no default, so that a deployment cannot forget it."""
+    api_host: str = "127.0.0.1"
+    api_port: int = 8400
+    max_file_bytes: int = 512 * MIB
+    max_live_jobs: int = 1000
+    """Jobs of one project that have not ended."""
+    docs_url: str = "https://github.com/tunery/tunery/blob/main/docs/errors.md"
+
+
+class SchedulerSettings(DatabaseSettings, RedisSettings, Clocks):
+    tick_scheduler_s: float = 0.5
+
+
+class NodeSettings(DatabaseSettings, RedisSettings, StorageSettings, Clocks):
+    home: Path
+    """The node's own folder: lock, socket, pid files, workspaces."""
+    model_store: Path | None = None
+    """Base models on local disk, shared by this node's attempts; default `<home>/models`."""
+    node_name: str = "local"
+    cpu_task_slots: int = Field(default=2, ge=1)
+    max_unstored_checkpoints: int = Field(default=2, ge=1)
+    log_chunk_s: float = 5
+    max_log_bytes: int = 64 * MIB
+    trainer_module: str = "trainer"
+    """`python -P -m <module>`; tests put a trainer without torch here."""
+    trainer_threads: int | None = None
+    """CPU threads of a trainer; default: what the host gives it."""
