@@ -1,0 +1,59 @@
+"""Real Postgres, Valkey and S3 for tests: the servers of `tunery up`, once per session, in a throw-away home.
+
+    from tests.servers import servers
+    servers().admin_url, .redis_url, .s3_root, .s3_node, .database_url("tunery_api")
+
+They start at the first call (about a second) and stop with the interpreter. `pytest_sessionfinish` may call `stop()`.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from tunery.embedded.home import Home
+from tunery.embedded.identity import run_as
+from tunery.embedded.servers import External, Servers
+
+FAST_POSTGRES = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
+"""Tests lose nothing by losing everything."""
+
+
+def temporary_home() -> Home:
+    """Below the system's temporary folder itself: pytest's own folders are closed to the servers' user."""
+    root = Path(tempfile.mkdtemp(prefix="tunery-test-"))
+    home = Home(root, run_as(os.environ.get("TUNERY_RUN_AS")))
+    home.create()
+    return home
+
+
+@cache
+def servers() -> Servers:
+    """The session's servers. URLs of your own count only as `TUNERY_TEST_*`, so no test meets a real database."""
+    started = Servers(temporary_home(), _external(), FAST_POSTGRES)
+    atexit.register(stop)
+    started.start()
+    return started
+
+
+def stop() -> None:
+    """Idempotent. Data are thrown away, so nobody waits for a clean shutdown."""
+    if not servers.cache_info().currsize:
+        return
+    running = servers()
+    servers.cache_clear()
+    for name, child in running.children.items():
+        if name == "postgres":
+            child.stop()  # a killed postmaster leaves its shared memory behind
+        else:
+            child.kill()
+    shutil.rmtree(running.home.data, ignore_errors=True)
+    shutil.rmtree(running.home.root, ignore_errors=True)
+
+
+def _external() -> External:
+    prefix = "TUNERY_TEST_"
+    given = {f"TUNERY_{key.removeprefix(prefix)}": value for key, value in os.environ.items() if key.startswith(prefix)}
+    return External.from_environment(given)

@@ -1,0 +1,130 @@
+"""Embedded S3: SeaweedFS in one process, with its telemetry off and its open doors shut."""
+
+import http.client
+import json
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
+from tunery.embedded import binaries, ports
+from tunery.embedded.home import Home
+from tunery.embedded.process import Child, Command
+
+BUCKET = "tunery"
+REGION = "us-east-1"
+PORTS = ("s3", "filer", "master", "volume", "admin")
+GRPC_OFFSET = 10000
+_UNIX_PATH_LIMIT = 100
+_SIGNING = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
+
+
+class Key(NamedTuple):
+    access_key_id: str
+    secret_access_key: str
+
+
+class Objects:
+    """Two identities: root for the api, and one for nodes that may write below `a/` only."""
+
+    name = "s3"
+
+    def __init__(self, home: Home, known_ports: dict[str, int], allowed_origins: Sequence[str] = ()) -> None:
+        self.home, self.ports, self.allowed_origins = home, known_ports, allowed_origins
+        self.program = binaries.find("s3")
+        secrets = home.secrets()
+        self.root = Key(secrets.made("s3_root_id", 12), secrets.made("s3_root_secret"))
+        self.signing = {name: secrets.made(f"s3_{name}") for name in _SIGNING}
+        self.node = Key(secrets.made("s3_node_id", 12), secrets.made("s3_node_secret"))
+
+    @property
+    def endpoint_url(self) -> str:
+        return f"http://{ports.HOST}:{self.ports['s3']}"
+
+    def prepare(self) -> Child:
+        folder = self.home.owned_folder("s3")
+        (data := folder / "data").mkdir(exist_ok=True)
+        data.chmod(0o700)
+        self.home.run_as.own(data)
+        self.home.owned_file(folder / "security.toml", self._security())
+        self.home.owned_file(folder / "identities.json", json.dumps(self._identities()))
+        command = Command(
+            name=self.name,
+            argv=[binaries.placed(self.program, self.home), *self._arguments()],
+            environment={
+                "PATH": os.environ.get("PATH", os.defpath),
+                "LC_ALL": "C",
+                "HOME": str(folder),
+                "GOMEMLIMIT": "384MiB",  # without it 700 MB stay resident after one large upload
+            },
+            cwd=folder,
+            run_as=self.home.run_as,
+            stop_wait_s=15,  # it has been seen to take more than ten; a kill loses nothing that was acknowledged
+        )
+        return Child(command, self.home.logs / "s3.log", self._ready)
+
+    def _arguments(self) -> list[str]:
+        folder = self.home.data / "s3"
+        listening = [f"-{name}.port={port}" for name, port in self.ports.items()]
+        grpc = [f"-{name}.port.grpc={port + GRPC_OFFSET}" for name, port in self.ports.items()]
+        sockets = [f"-{name}.localSocket={folder / name}.sock" for name in ("filer", "s3")]
+        if len(f"{folder}/filer.sock") > _UNIX_PATH_LIMIT:
+            sockets = []  # then they lie in /tmp, under the same credentials
+        return [
+            f"-config_dir={folder}",  # before the subcommand, or it is not read
+            "-logtostderr=true",
+            "mini",
+            f"-dir={folder / 'data'}",
+            *(f"-ip={ports.HOST}", f"-ip.bind={ports.HOST}"),
+            *("-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.iam=false"),
+            *("-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.preStopSeconds=0"),
+            f"-s3.config={folder / 'identities.json'}",
+            f"-s3.allowedOrigins={','.join(self.allowed_origins) or 'http://127.0.0.1'}",
+            "-filer.allowedOrigins=http://127.0.0.1",
+            *listening,
+            *grpc,
+            *sockets,
+        ]
+
+    def _security(self) -> str:
+        """Without these keys the filer hands every tenant's object to any local process that asks."""
+        return "".join(f'[{name}]\nkey = "{key}"\n' for name, key in self.signing.items())
+
+    def _identities(self) -> dict[str, object]:
+        node = [f"Read:{BUCKET}/u/*", f"Read:{BUCKET}/a/*", f"Write:{BUCKET}/a/*", f"List:{BUCKET}/a/*"]
+        return {
+            "identities": [
+                _identity("root", self.root, ["Admin", "Read", "Write", "List", "Tagging"]),
+                _identity("node", self.node, node),
+            ]
+        }
+
+    def _ready(self) -> bool:
+        """Ready is: the bucket is there. A first start makes it."""
+        status = self._signed("HEAD")
+        if status == 404:
+            return self._signed("PUT") == 200
+        return status == 200
+
+    def _signed(self, method: str) -> int | None:
+        """A signed request for the bucket; boto3 itself would cost as long to import as the server takes to start."""
+        request = AWSRequest(method=method, url=f"{self.endpoint_url}/{BUCKET}", data=b"")
+        SigV4Auth(Credentials(*self.root), "s3", REGION).add_auth(request)
+        connection = http.client.HTTPConnection(ports.HOST, self.ports["s3"], timeout=5)
+        try:
+            connection.request(method, f"/{BUCKET}", headers=dict(request.headers.items()))
+            return connection.getresponse().status
+        except OSError:
+            return None
+        except http.client.HTTPException:
+            return None
+        finally:
+            connection.close()
+
+
+def _identity(name: str, key: Key, actions: list[str]) -> dict[str, object]:
+    credentials = {"accessKey": key.access_key_id, "secretKey": key.secret_access_key}
+    return {"name": name, "credentials": [credentials], "actions": actions}
