@@ -1,18 +1,21 @@
 """Real Postgres, Valkey and S3 for tests: the servers of `tunery up`, once per session, in a throw-away home.
 
     from tests.servers import servers
-    servers().admin_url, .redis_url, .s3_root, .s3_node, .database_url("tunery_api")
+    servers().admin_url, .redis_url, .s3_root, .s3_node
+    migrated(); database_url("tunery_api")
 
 They start at the first call (about a second) and stop with the interpreter. `pytest_sessionfinish` may call `stop()`.
 """
 
 import atexit
 import os
+import secrets
 import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
 
+from tunery import bootstrap
 from tunery.embedded.home import Home
 from tunery.embedded.identity import run_as
 from tunery.embedded.servers import External, Servers
@@ -57,3 +60,22 @@ def _external() -> External:
     prefix = "TUNERY_TEST_"
     given = {f"TUNERY_{key.removeprefix(prefix)}": value for key, value in os.environ.items() if key.startswith(prefix)}
     return External.from_environment(given)
+
+
+@cache
+def passwords() -> dict[str, str]:
+    """Of the login roles, made up once per session."""
+    return {role: secrets.token_urlsafe(16) for role in bootstrap.LOGIN_ROLES}
+
+
+@cache
+def migrated() -> str:
+    """Roles and the newest schema in database `tunery` of the session's Postgres; the database's name."""
+    database = bootstrap.create_roles(servers().admin_url, passwords(), bootstrap.DATABASE)
+    bootstrap.migrate(database_url("tunery_migrate"))
+    return database
+
+
+def database_url(role: str, database: str = bootstrap.DATABASE) -> str:
+    """For one of the login roles, as its program would be given it."""
+    return bootstrap.url_for(servers().admin_url, role, passwords()[role], database)
