@@ -1,0 +1,192 @@
+"""The API's objects as they arrive. Keys beyond `id` may be absent: an older server is still understood."""
+
+from typing import Any, Literal, Required, TypedDict
+
+
+class Named(TypedDict, total=False):
+    id: str
+    name: str
+
+
+class KeyInfo(TypedDict, total=False):
+    id: str
+    name: str
+    scopes: list[str]
+    expires_at: int | None
+
+
+class Identity(TypedDict, total=False):
+    object: str
+    organization: Named
+    project: Named
+    key: KeyInfo
+
+
+class File(TypedDict, total=False):
+    id: Required[str]
+    object: str
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: str
+    status_details: str | None
+    expires_at: int | None
+    tunery: dict[str, Any]
+
+
+class JobError(TypedDict, total=False):
+    code: str
+    message: str
+    param: str | None
+
+
+class Queue(TypedDict, total=False):
+    reason: str
+    position: int
+
+
+class Progress(TypedDict, total=False):
+    phase: str | None
+    step: int
+    total_steps: int
+    loss: float | str | None
+    eval_loss: float | str | None
+    tokens_per_second: float | str | None
+    eta_seconds: int | None
+    percent: float
+
+
+class Attempt(TypedDict, total=False):
+    no: int
+    state: str
+    node: str | None
+    device: str | None
+    start_step: int | None
+    started_at: int | str | None
+    ended_at: int | str | None
+    failure_code: str | None
+    failure_message: str | None
+
+
+class JobAdapter(TypedDict, total=False):
+    id: str
+    name: str
+    version: int
+    model_name: str
+    bytes: int
+    sha256: str
+    url: str
+
+
+class JobExtra(TypedDict, total=False):
+    """What a job says beyond OpenAI's fields."""
+
+    state: str
+    queue: Queue | None
+    progress: Progress | None
+    attempts: list[Attempt]
+    recipe: dict[str, Any] | None
+    adapter: JobAdapter | None
+
+
+class Job(TypedDict, total=False):
+    id: Required[str]
+    object: str
+    created_at: int
+    finished_at: int | None
+    model: str
+    fine_tuned_model: str | None
+    status: str
+    error: JobError | None
+    training_file: str
+    validation_file: str | None
+    hyperparameters: dict[str, Any]
+    seed: int
+    trained_tokens: int | None
+    metadata: dict[str, str] | None
+    user_provided_suffix: str | None
+    tunery: JobExtra
+
+
+class Event(TypedDict, total=False):
+    id: Required[str]
+    object: str
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, Any] | None
+
+
+class Checkpoint(TypedDict, total=False):
+    id: Required[str]
+    object: str
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    step_number: int
+    metrics: dict[str, float]
+
+
+class LogChunk(TypedDict, total=False):
+    object: str
+    attempt: int
+    offset: int
+    next_offset: int
+    text: str
+    complete: bool
+
+
+class FileEntry(TypedDict):
+    """One file of a model or an adapter; `name` is relative, with forward slashes."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Model(TypedDict, total=False):
+    id: Required[str]
+    object: str
+    created: int
+    owned_by: str
+
+
+class BaseModel(TypedDict, total=False):
+    id: Required[str]
+    object: str
+    hub_id: str
+    revision: str
+    source: str
+    license: str
+    parameters: int
+    bytes: int
+    state: Literal["importing", "ready", "failed"]
+    error: str | None
+    files: list[FileEntry]
+    created_at: int
+
+
+class AdapterVersion(TypedDict, total=False):
+    id: Required[str]
+    object: str
+    adapter: str
+    version: int
+    model_name: str
+    job_id: str
+    base_model: str
+    bytes: int
+    sha256: str
+    uri: str
+    files: list[FileEntry]
+    metrics: dict[str, float]
+    created_at: int
+
+
+class Adapter(TypedDict, total=False):
+    id: Required[str]
+    object: str
+    name: str
+    created_at: int
+    versions: list[AdapterVersion]
