@@ -1,0 +1,192 @@
+"""`jobs`: list, show, cancel, checkpoints. Creating and following have modules of their own."""
+
+import contextlib
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunery.cli import config, refs
+from tunery.cli.options import All, JobRef, Json, Limit, Quiet, group, take
+from tunery.cli.show import ago, date, duration, fields, number, size, table, unix
+from tunery.cli.terminal import data, done, json_out, one_line, say
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tunery.client.shapes import Attempt, Checkpoint, Job, Progress
+
+app = group("Fine-tuning jobs: create, watch, wait, logs and the rest.")
+
+PLURAL = Annotated[list[str], typer.Argument(metavar="JOB...", help="Ids, beginnings of ids, or @last.")]
+
+
+def state_of(job: "Job") -> str:
+    """The true state; OpenAI's status where a server does not tell it."""
+    return job.get("tunery", {}).get("state") or job.get("status") or "unknown"
+
+
+def progress_of(job: "Job") -> "Progress":
+    return job.get("tunery", {}).get("progress") or {}
+
+
+@app.command("list")
+def list_jobs(
+    state: Annotated[list[str] | None, typer.Option("--state", "-s", help="Only these states.")] = None,
+    metadata: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only with this metadata.")] = None,
+    limit: Limit = 20,
+    everything: All = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List jobs, newest first."""
+    from tunery.cli.job_create import pairs
+
+    jobs = config.client().jobs(metadata=pairs(metadata or []))
+    rows = take((job for job in jobs if not state or state_of(job) in state), limit, everything)
+    if as_json:
+        json_out(rows)
+    elif quiet:
+        for row in rows:
+            data(row["id"])
+    elif rows:
+        table(("ID", "STATE", "MODEL", "SUFFIX", "PROGRESS", "LOSS", "CREATED"), [_row(row) for row in rows])
+    elif state or metadata:
+        say("no jobs match\n  see all of them:  tunery jobs list --all")
+    else:
+        say("no jobs yet\n  start with:  tunery jobs create -m MODEL -t train.jsonl --watch")
+
+
+def _row(job: "Job") -> tuple[object, ...]:
+    progress = progress_of(job)
+    total = progress.get("total_steps")
+    done_so_far = f"{progress.get('step', 0)}/{total}" if total else "-"
+    loss, created = number(progress.get("loss")), ago(job.get("created_at"))
+    return job["id"], state_of(job), job.get("model"), suffix_of(job), done_so_far, loss, created
+
+
+def suffix_of(job: "Job") -> str | None:
+    adapter = job.get("tunery", {}).get("adapter") or {}
+    return job.get("user_provided_suffix") or adapter.get("name")
+
+
+@app.command("show")
+def show(job: JobRef, as_json: Json = False) -> None:
+    """Show one job: state, progress, attempts, settings, result."""
+    found = refs.job(config.client(), job)
+    if as_json:
+        json_out(found)
+        return
+    fields(_about(found))
+    attempts = found.get("tunery", {}).get("attempts") or []
+    if attempts:
+        data("")
+        table(("ATTEMPT", "STATE", "NODE", "DEVICE", "FROM STEP", "TOOK", "FAILURE"), [_attempt(a) for a in attempts])
+
+
+def _about(job: "Job") -> list[tuple[str, object]]:
+    extra, progress, error = job.get("tunery", {}), progress_of(job), job.get("error") or {}
+    queue, adapter = extra.get("queue") or {}, extra.get("adapter") or {}
+    waits = f"position {queue.get('position')}: {queue.get('reason')}" if queue else None
+    total, tokens = progress.get("total_steps"), job.get("trained_tokens")
+    step = f"{progress.get('step', 0)} of {total}" if total else None
+    made = f"{adapter.get('name')} v{adapter.get('version')}, {size(adapter.get('bytes'))}" if adapter else None
+    known = [f"{name} {number(value)}" for name, value in losses(progress)]
+    return [
+        ("id", job["id"]),
+        ("state", state_of(job)),
+        ("waits", waits),
+        ("error", f"{error.get('message')} [{error.get('code')}]" if error else None),
+        ("phase", progress.get("phase")),
+        ("step", step),
+        ("losses", ", ".join(known)),
+        ("model", job.get("model")),
+        ("training file", job.get("training_file")),
+        ("validation file", job.get("validation_file")),
+        ("seed", job.get("seed")),
+        ("settings", settings_of(job)),
+        ("metadata", ", ".join(f"{key}={value}" for key, value in (job.get("metadata") or {}).items())),
+        ("created", date(job.get("created_at"))),
+        ("finished", date(job.get("finished_at"))),
+        ("trained tokens", f"{tokens:,}" if tokens else None),
+        ("result", job.get("fine_tuned_model")),
+        ("adapter", made),
+    ]
+
+
+def losses(progress: "Progress") -> list[tuple[str, float | str]]:
+    pairs = (("loss", progress.get("loss")), ("eval", progress.get("eval_loss")))
+    return [(name, value) for name, value in pairs if value is not None]
+
+
+def settings_of(job: "Job") -> str:
+    """What was resolved, in the words of the flags; before that, what was asked."""
+    recipe = job.get("tunery", {}).get("recipe") or {}
+    adapter, training = recipe.get("adapter") or {}, recipe.get("training") or {}
+    shown = {
+        "epochs": training.get("num_train_epochs"),
+        "max_steps": training.get("max_steps") if training.get("max_steps", -1) > 0 else None,
+        "batch": _batch(training),
+        "lr": training.get("learning_rate"),
+        "r": adapter.get("r"),
+        "alpha": adapter.get("lora_alpha"),
+        "max_length": training.get("max_length"),
+    }
+    if not recipe:
+        shown = dict(job.get("hyperparameters") or {})
+    return ", ".join(f"{key} {_plain(value)}" for key, value in shown.items() if value is not None)
+
+
+def _batch(training: "Mapping[str, int]") -> str | None:
+    per_device, steps = training.get("per_device_train_batch_size"), training.get("gradient_accumulation_steps", 1)
+    return None if per_device is None else f"{per_device}x{steps}" if steps != 1 else str(per_device)
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _attempt(attempt: "Attempt") -> tuple[object, ...]:
+    began, ended = unix(attempt.get("started_at")), unix(attempt.get("ended_at"))
+    took = duration(ended - began) if began is not None and ended is not None else "-"
+    failure = attempt.get("failure_code")
+    why = one_line(f"{failure}: {attempt.get('failure_message') or ''}") if failure else None
+    start = attempt.get("start_step")
+    return str(attempt.get("no")), attempt.get("state"), attempt.get("node"), attempt.get("device"), start, took, why
+
+
+@app.command("cancel")
+def cancel(jobs: PLURAL, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Cancel jobs that have not ended. What was trained so far is not published."""
+    api = config.client()
+    cancelled = [api.cancel_job(refs.job(api, job)["id"]) for job in jobs]
+    if as_json:
+        json_out(cancelled[0] if len(cancelled) == 1 else cancelled)
+        return
+    for job in cancelled:
+        data(job["id"])
+        if not quiet:
+            with contextlib.suppress(BrokenPipeError):
+                done(f"{job['id']} is {state_of(job)}")
+
+
+@app.command("checkpoints")
+def checkpoints(job: JobRef, as_json: Json = False, quiet: Quiet = False) -> None:
+    """List the checkpoints of a job."""
+    api = config.client()
+    rows = list(api.checkpoints(refs.job(api, job)["id"]))
+    if as_json:
+        json_out(rows)
+    elif quiet:
+        for row in rows:
+            data(row["id"])
+    elif rows:
+        table(("ID", "STEP", "TRAIN LOSS", "EVAL LOSS", "MADE"), [_checkpoint(row) for row in rows])
+    else:
+        say("no checkpoints yet: one is saved every 10 minutes, or as --save-steps says")
+
+
+def _checkpoint(row: "Checkpoint") -> tuple[object, ...]:
+    metrics = row.get("metrics") or {}
+    valid = metrics.get("full_valid_loss", metrics.get("valid_loss"))
+    made = ago(row.get("created_at"))
+    return row["id"], row.get("step_number"), number(metrics.get("train_loss")), number(valid), made
