@@ -1,0 +1,91 @@
+"""`python -P -m trainer SPEC`: one attempt, one process. See `tunery.contracts.events` for what it says and hears.
+
+Started by a supervisor (`TUNERY_SUPERVISOR_PID` is set) it dies with it. The parent-death signal is bound to the
+thread that started us, so a supervisor starts trainers from a thread that lives as long as they do.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+# Before any import that reads them: no network, no telemetry, no threads that a fork would lose.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["DO_NOT_TRACK"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+from pydantic import ValidationError  # noqa: E402
+
+from trainer.failures import classify, exit_code  # noqa: E402
+from trainer.session import Session  # noqa: E402
+from tunery.contracts.events import (  # noqa: E402
+    EXIT_OK,
+    EXIT_OURS,
+    EXIT_STOPPED,
+    EXIT_USER,
+    TICK_TIMEOUT_S,
+    Failed,
+    Finished,
+    Stopped,
+)
+from tunery.contracts.spec import TrainingSpec  # noqa: E402
+
+
+def main(arguments: list[str]) -> int:
+    """Run the attempt that `arguments[0]`, the path of a spec, describes; returns the exit code."""
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -P -m trainer SPEC\n")
+        return EXIT_USER
+    if not die_with(os.environ.get("TUNERY_SUPERVISOR_PID")):
+        return EXIT_STOPPED
+    try:
+        spec = TrainingSpec.model_validate_json(Path(arguments[0]).read_bytes())
+    except (OSError, ValidationError) as error:  # without a spec there is no socket to say it on
+        sys.stderr.write(f"{arguments[0]}: {error}\n")
+        return EXIT_USER
+    try:
+        session = Session.connect(spec.socket, float(os.environ.get("TUNERY_TICK_TIMEOUT_S", TICK_TIMEOUT_S)))
+    except OSError as error:
+        sys.stderr.write(f"{spec.socket}: {error}\n")
+        return EXIT_OURS
+    session.obey_sigterm()
+    session.phase("loading")
+    outcome = _attempt(spec, session)
+    session.send(outcome)
+    session.close()
+    if isinstance(outcome, Finished):
+        return EXIT_OK
+    return EXIT_STOPPED if isinstance(outcome, Stopped) else exit_code(outcome.code)
+
+
+def die_with(supervisor: str | None) -> bool:
+    """Ask the kernel to kill us with our parent; False if that parent is gone already. By hand there is none."""
+    if supervisor is None:
+        return True
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    return os.getppid() == int(supervisor)
+
+
+def _attempt(spec: TrainingSpec, session: Session) -> Finished | Stopped | Failed:
+    try:
+        from trainer.run import run  # torch and its libraries take seconds; the supervisor hears from us before
+
+        return run(spec, session)
+    except Exception as error:  # noqa: BLE001 - the process edge: every failure becomes the outcome event
+        traceback.print_exc()
+        code, message = classify(error)
+        return Failed(code=code, message=message)
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # not through the interpreter's end: CUDA and thread pools can hang or crash there
