@@ -1,0 +1,104 @@
+"""`tunery up` and what goes with it: hands over to `python -m tunery.embedded`, so the client needs no server library."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print a JSON document.")]
+PortOption = Annotated[
+    int | None, typer.Option(metavar="PORT", help="Port of the API; else 8400 or that of last time.")
+]
+
+db = typer.Typer(help="A database server of your own.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the root."""
+    for command in (up, down, status, doctor, logs):
+        app.command(command.__name__)(command)
+    app.add_typer(db, name="db")
+
+
+def up(
+    detach: Annotated[
+        bool, typer.Option("-d", "--detach", help="Return once it answers; else Ctrl-C stops it.")
+    ] = False,
+    port: PortOption = None,
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help="State folder; else TUNERY_HOME.")] = None,
+) -> None:
+    """Start a server on this machine: Postgres, Valkey, S3, api, scheduler and one node.
+
+    TUNERY_DATABASE_URL, TUNERY_REDIS_URL and TUNERY_S3_ENDPOINT_URL replace what would be started.
+    """
+    if data is not None:
+        os.environ["TUNERY_HOME"] = str(data.absolute())
+    _hand_over("tunery.embedded", "up", *_flag("--detach", detach), *_port(port))
+
+
+def down(
+    purge: Annotated[bool, typer.Option("--purge", help="Delete its data as well.")] = False,
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
+) -> None:
+    """Stop the server on this machine, in order. Running attempts are left to their supervisors."""
+    _hand_over("tunery.embedded", "down", *_flag("--purge", purge), *_flag("--yes", yes))
+
+
+def status(
+    as_json: JsonFlag = False,
+    env: Annotated[bool, typer.Option("--env", help="Print export lines with the key, for eval.")] = False,
+) -> None:
+    """Show what runs on this machine. Exit code 9 when nothing does."""
+    _hand_over("tunery.embedded", "status", *_flag("--json", as_json), *_flag("--env", env))
+
+
+def doctor(as_json: JsonFlag = False, port: PortOption = None) -> None:
+    """Check this machine: platform, servers, disk, ports, GPU, isolation of trainers."""
+    _hand_over("tunery.embedded", "doctor", *_flag("--json", as_json), *_port(port))
+
+
+def logs(
+    service: Annotated[
+        list[str] | None, typer.Argument(metavar="SERVICE", help="api, scheduler, node, postgres, valkey, s3 or up.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as lines come.")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", help="So many of the last lines.")] = 50,
+) -> None:
+    """Show logs of the server on this machine."""
+    _hand_over("tunery.embedded", "logs", *(service or []), *_flag("--follow", follow), "--lines", str(lines))
+
+
+@db.command("init")
+def db_init(
+    env_file: Annotated[Path, typer.Option(metavar="FILE", help="Passwords and URLs go here (0600).")],
+    admin_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar="TUNERY_ADMIN_DATABASE_URL",
+            help="A role that may create roles. The variable keeps its password out of the process list.",
+        ),
+    ] = None,
+) -> None:
+    """Make Tunery's roles, schema and admin key on a PostgreSQL 15 or later of your own. May be repeated."""
+    if not admin_url:
+        raise typer.BadParameter("give --admin-url, or set TUNERY_ADMIN_DATABASE_URL")
+    os.environ["TUNERY_ADMIN_DATABASE_URL"] = admin_url
+    _hand_over("tunery.bootstrap", "--env-file", str(env_file))
+
+
+def _hand_over(module: str, *arguments: str) -> NoReturn:
+    """Become that program: signals, terminal and exit code are then its own."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])
+
+
+def _flag(name: str, wanted: bool) -> list[str]:
+    return [name] if wanted else []
+
+
+def _port(port: int | None) -> list[str]:
+    return [] if port is None else ["--port", str(port)]
