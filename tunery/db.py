@@ -76,7 +76,9 @@ def _bind_tenant(session: Session, _transaction: SessionTransaction, connection:
     """
     for name in ("project_id", "node_id"):
         if (value := session.info.get(name)) is not None:
-            connection.execute(text("SELECT set_config(:name, :value, true)"), {"name": f"app.{name}", "value": str(value)})
+            connection.execute(
+                text("SELECT set_config(:name, :value, true)"), {"name": f"app.{name}", "value": str(value)}
+            )
 
 
 @contextmanager
@@ -88,7 +90,7 @@ def transaction(sessions: Sessions | Callable[[], Session]) -> Iterator[Session]
         for callback in session.info.pop("after_commit", []):
             try:
                 callback()
-            except Exception:  # noqa: BLE001 - the row is durable; a sweep repeats a lost hint
+            except Exception:  # the row is durable; a sweep repeats a lost hint
                 log.exception("after-commit callback failed")
 
 

@@ -137,14 +137,20 @@ class Policy:
 _USER, _PLATFORM = Fault.USER, Fault.PLATFORM
 POLICY: dict[FailureCode, Policy] = {
     FailureCode.INVALID_TRAINING_FILE: Policy(_USER, False, "Correct the rows named above and upload the file again."),
-    FailureCode.INVALID_VALIDATION_FILE: Policy(_USER, False, "Correct the rows named above and upload the file again."),
+    FailureCode.INVALID_VALIDATION_FILE: Policy(
+        _USER, False, "Correct the rows named above and upload the file again."
+    ),
     FailureCode.INVALID_SPEC: Policy(_USER, False, "Correct the named setting and submit the job again."),
     FailureCode.INVALID_TARGETS: Policy(_USER, False, "Use one of the module names listed, or `all-linear`."),
     FailureCode.NON_FINITE_LOSS: Policy(_USER, False, "Lower the learning rate, or look at the rows of that step."),
-    FailureCode.OUT_OF_MEMORY: Policy(_USER, False, "Lower max_length or per_device_train_batch_size, or ask for a larger GPU."),
+    FailureCode.OUT_OF_MEMORY: Policy(
+        _USER, False, "Lower max_length or per_device_train_batch_size, or ask for a larger GPU."
+    ),
     FailureCode.DISK_FULL: Policy(_PLATFORM, True, "Free disk space on the node; the job is tried again."),
     FailureCode.STORAGE_UNAVAILABLE: Policy(_PLATFORM, True, "Bring the object store back; the job is tried again."),
-    FailureCode.CORRUPT_ARTIFACT: Policy(_PLATFORM, True, "The stored object did not match its hash; the job is tried again."),
+    FailureCode.CORRUPT_ARTIFACT: Policy(
+        _PLATFORM, True, "The stored object did not match its hash; the job is tried again."
+    ),
     FailureCode.CORRUPT_CHECKPOINT: Policy(_PLATFORM, True, "An older checkpoint is used."),
     FailureCode.TRAINER_CRASHED: Policy(_PLATFORM, True, "The job is tried again from its newest checkpoint."),
     FailureCode.TRAINER_HUNG: Policy(_PLATFORM, True, "The job is tried again from its newest checkpoint."),
@@ -152,8 +158,12 @@ POLICY: dict[FailureCode, Policy] = {
     FailureCode.NOT_CLAIMED: Policy(_PLATFORM, True, "The node did not answer; the job is assigned again."),
     FailureCode.ENGINE_LOST: Policy(_PLATFORM, True, "The job is tried again from its newest checkpoint."),
     FailureCode.GPU_LOST: Policy(_PLATFORM, True, "The job is tried again on another GPU."),
-    FailureCode.NO_CAPACITY: Policy(_USER, False, "Ask for less memory or fewer GPUs, or add a node that is large enough."),
-    FailureCode.INTERNAL: Policy(_PLATFORM, True, "The job is tried again; if it fails again, send the request id to your operator."),
+    FailureCode.NO_CAPACITY: Policy(
+        _USER, False, "Ask for less memory or fewer GPUs, or add a node that is large enough."
+    ),
+    FailureCode.INTERNAL: Policy(
+        _PLATFORM, True, "The job is tried again; if it fails again, send the request id to your operator."
+    ),
 }
 
 MAX_FAULTS_WITHOUT_PROGRESS = 3

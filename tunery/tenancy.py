@@ -39,7 +39,8 @@ class Identity:
         """Raises Forbidden unless the key carries `scope`."""
         if scope not in self.scopes and "admin" not in self.scopes:
             raise Forbidden(
-                f"This API key lacks the scope '{scope}'.", fix="Use a key that has it, or ask your project's owner for one."
+                f"This API key lacks the scope '{scope}'.",
+                fix="Use a key that has it, or ask your project's owner for one.",
             )
 
 

@@ -1,0 +1,34 @@
+"""The scheduler's process: `python -m scheduler`."""
+
+import signal
+import socket
+import sys
+import threading
+import uuid
+
+import structlog
+
+from scheduler.service import Scheduler
+from tunery.db import make_engine, make_sessions, refuse_privileged_role
+from tunery.dispatch import Doorbell, connect
+from tunery.settings import SchedulerSettings
+from tunery.telemetry import configure_logs
+
+
+def main() -> int:
+    configure_logs("scheduler")
+    settings = SchedulerSettings()  # type: ignore[call-arg] - from the environment
+    engine = make_engine(settings.database_url.get_secret_value())
+    refuse_privileged_role(engine)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    holder = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
+    doorbell = Doorbell(connect(settings.redis_url.get_secret_value()))
+    structlog.get_logger().info("scheduler started", holder=holder)
+    Scheduler(make_sessions(engine), doorbell, settings, holder).run(stop)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The loops around the policy: leading, deciding, relaying the outbox, and finding what went silent.
+
+Each loop is a thread of its own, so that a Redis that hangs delays no decision, and a slow pass no renewal. Every
+transaction that decides carries this leader's epoch; a scheduler that was deposed or suspended changes nothing.
+"""
+
+import threading
+from collections.abc import Callable
+
+import structlog
+from redis.exceptions import RedisError
+from sqlalchemy.exc import DBAPIError
+
+from scheduler.policy import schedule
+from tunery import leases, outbox, queue, tasks
+from tunery.db import Sessions, transaction
+from tunery.dispatch import Doorbell
+from tunery.queue import Deposed
+from tunery.settings import SchedulerSettings
+
+log = structlog.get_logger(__name__)
+
+SWEEP_EVERY_S = 2.0
+GAP_S = 15.0
+"""No sweep for so long means that nobody could have renewed against a working control plane."""
+
+
+class Scheduler:
+    """One of possibly several; whoever holds the leader row works, the others wait for it."""
+
+    def __init__(self, sessions: Sessions, doorbell: Doorbell, settings: SchedulerSettings, holder: str) -> None:
+        self._sessions = sessions
+        self._doorbell = doorbell
+        self._settings = settings
+        self._holder = holder
+        self._epoch: int | None = None
+        self._stop = threading.Event()
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until `stop` is set, then let the next leader start at once."""
+        self._stop = stop
+        loops: list[tuple[str, Callable[[], object], float]] = [
+            ("lead", self.lead, self._settings.leader_renew_s),
+            ("decide", self.decide, self._settings.tick_scheduler_s),
+            ("relay", self.relay, self._settings.tick_scheduler_s / 2),
+            ("sweep", self.sweep, SWEEP_EVERY_S),
+        ]
+        threads = [threading.Thread(target=self._loop, args=loop, name=loop[0], daemon=True) for loop in loops]
+        for thread in threads:
+            thread.start()
+        stop.wait()
+        for thread in threads:
+            thread.join(timeout=5)
+        try:
+            with transaction(self._sessions) as session:
+                queue.resign(session, self._holder)
+        except DBAPIError:
+            log.info("could not resign; the lease will run out")
+
+    def _loop(self, name: str, work: Callable[[], object], every_s: float) -> None:
+        while not self._stop.is_set():
+            try:
+                work()
+            except Deposed:
+                self._epoch = None
+                log.warning("deposed", loop=name)
+            except DBAPIError as error:
+                log.warning("database trouble; trying again", loop=name, error=str(error.orig).strip())
+            except RedisError as error:
+                log.warning("redis trouble; nodes find work by polling", loop=name, error=str(error))
+                self._stop.wait(2)
+            except Exception:  # a loop that dies silently is worse than one that complains
+                log.exception("loop failed; trying again", loop=name)
+                self._stop.wait(1)
+            self._stop.wait(every_s)
+
+    def lead(self) -> None:
+        """Become or stay the leader."""
+        with transaction(self._sessions) as session:
+            epoch = queue.lead(session, self._holder, self._settings.leader_ttl_s)
+        if epoch != self._epoch:
+            log.info("leading" if epoch else "following", epoch=epoch)
+        self._epoch = epoch
+
+    def decide(self) -> int:
+        """One pass of the policy; returns how many jobs were assigned."""
+        if (epoch := self._epoch) is None:
+            return 0
+        with transaction(self._sessions) as session:
+            world = queue.snapshot(session, silent_after_s=self._settings.lease_s)
+        if not world.jobs:
+            return 0
+        decisions = schedule(world)
+        with transaction(self._sessions) as session:
+            assigned = queue.apply(session, epoch, decisions)
+        if assigned:
+            log.info("assigned", jobs=assigned, waiting=len(world.jobs) - assigned)
+        return assigned
+
+    def relay(self) -> None:
+        """Send what waits in the outbox. A crash between sending and marking sends it twice, which is harmless."""
+        if self._epoch is None:
+            return
+        with transaction(self._sessions) as session:
+            messages = outbox.unsent(session)
+            everyone = queue.live_nodes(session, self._settings.lease_s) if messages else []
+        for message in messages:
+            to = [message.payload["node_id"]] if message.topic == outbox.RING_NODE else everyone
+            for node_id in to:
+                self._doorbell.ring(node_id, str(message.id))
+        if messages:
+            with transaction(self._sessions) as session:
+                outbox.mark_sent(session, [message.id for message in messages])
+
+    def sweep(self) -> None:
+        """Find leases that ran out, assignments nobody took, GPUs that nobody will free."""
+        if (epoch := self._epoch) is None:
+            return
+        clocks = self._settings
+        with transaction(self._sessions) as session:
+            if queue.forgive_outage(session, epoch, GAP_S, clocks.lease_s):
+                log.warning("nobody looked for a while; every lease starts anew")
+            expired = queue.expired_attempts(session, clocks.lost_grace_s)
+            unclaimed = queue.unclaimed_attempts(session, clocks.claim_timeout_s)
+            stranded = queue.stranded_attempts(session, clocks.silent_node_s)
+            outbox.sweep(session)
+        for attempt_id in expired:
+            with transaction(self._sessions) as session:
+                queue.assert_leader(session, epoch)
+                if leases.declare_lost(session, attempt_id, clocks.lost_grace_s):
+                    log.warning("attempt lost", attempt=str(attempt_id))
+        for attempt_id in unclaimed:
+            with transaction(self._sessions) as session:
+                queue.assert_leader(session, epoch)
+                leases.unassign(session, attempt_id)
+        for attempt_id in stranded:
+            with transaction(self._sessions) as session:
+                queue.assert_leader(session, epoch)
+                leases.release(session, attempt_id)
+        with transaction(self._sessions) as session:
+            queue.assert_leader(session, epoch)
+            for task in tasks.expired(session, clocks.lost_grace_s):
+                tasks.fail(task, "the node stopped renewing its lease", retry=True)

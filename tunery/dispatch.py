@@ -1,0 +1,38 @@
+"""The doorbell: one RQ queue a node, one function by name, an id as its only argument. Losing one costs seconds."""
+
+import uuid
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from rq import Queue
+from rq.serializers import JSONSerializer
+
+RING = "worker.ring.ring"
+"""A wire contract: this process never imports the worker."""
+
+
+def connect(url: str, timeout_s: float = 2) -> Redis:
+    """A client that gives up quickly: nothing durable waits for Redis."""
+    return Redis.from_url(
+        url,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        health_check_interval=30,
+        retry=Retry(NoBackoff(), 1),
+    )
+
+
+def queue_name(node_id: uuid.UUID | str) -> str:
+    return f"node:{node_id}"
+
+
+class Doorbell:
+    """Rings nodes. Raises redis.RedisError when Redis is away; the node's own poll finds the work all the same."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    def ring(self, node_id: uuid.UUID | str, what: str) -> None:
+        queue = Queue(queue_name(node_id), connection=self._redis, serializer=JSONSerializer)
+        queue.enqueue_call(RING, args=(what,), timeout=60, result_ttl=0, ttl=300, failure_ttl=3600)

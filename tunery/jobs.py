@@ -1,0 +1,223 @@
+"""Jobs as their owners see them: submitting, reading, listing. Their state moves in `tunery.leases` alone."""
+
+import hashlib
+import os
+import secrets
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from tunery import __version__, adapters, catalogue, events, files, ids, recipes, tasks
+from tunery.errors import Conflict, Invalid, NotFound, QuotaExceeded
+from tunery.events import Entry
+from tunery.models import Attempt, BaseModel, Dataset, File, Job, Node
+from tunery.recipes import Extension, Hyperparameters
+from tunery.states import TERMINAL, JobState
+from tunery.tenancy import Identity
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked for, already parsed; `auto` values still stand."""
+
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    suffix: str | None = None
+    seed: int | None = None
+    metadata: dict[str, str] | None = None
+    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+    extension: Extension = field(default_factory=Extension)
+
+
+def submit(session: Session, who: Identity, request: Request, *, max_live: int) -> Job:
+    """Accept a job: its row, its first event and the task that checks its rows, in one transaction.
+
+    Raises:
+        NotFound: the model or a file does not exist in this project.
+        Invalid: the model is not ready, a file's purpose is not `fine-tune`, or a name is unusable.
+        QuotaExceeded: the project has `max_live` unfinished jobs.
+    """
+    model = _usable_model(session, who, request.model)
+    training = _usable_file(session, who, request.training_file, "training_file")
+    validation = None
+    if request.validation_file is not None:
+        validation = _usable_file(session, who, request.validation_file, "validation_file")
+    _within_quota(session, who, max_live)
+    job_id = ids.uuid7()
+    job = Job(
+        id=job_id,
+        organization_id=who.organization_id,
+        project_id=who.project_id,
+        base_model_id=model.id,
+        model=request.model,
+        training_file_id=training.id,
+        validation_file_id=validation.id if validation else None,
+        suffix=request.suffix,
+        seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
+        user_metadata=request.metadata,
+        request={
+            "hyperparameters": request.hyperparameters.model_dump(),
+            "tunery": request.extension.model_dump(exclude_unset=True),
+        },
+        hyperparameters=request.hyperparameters.model_dump(),
+        model_name=f"ft:{model.name}:{_slug(who.organization)}:{request.suffix or ''}:{ids.short(job_id)}",
+        gpus=request.extension.resources.gpus,
+        platform=platform_identity(),
+    )
+    session.add(job)
+    session.flush()
+    session.refresh(job)
+    events.append(
+        session, job, [Entry(f"Created fine-tuning job: {ids.encode(ids.JOB, job.id)}"), Entry("Validating files")]
+    )
+    tasks.enqueue(session, tasks.CHECK_DATA, who.project_id, job_id=job.id)
+    session.flush()
+    return job
+
+
+def get(session: Session, project_id: uuid.UUID, job_id: uuid.UUID) -> Job:
+    """Raises NotFound, also for another project's job."""
+    job = session.scalar(select(Job).where(Job.project_id == project_id, Job.id == job_id))
+    if job is None:
+        raise NotFound(
+            "No such fine-tuning job.", param="fine_tuning_job_id", fix="`tunery jobs list` shows this project's jobs."
+        )
+    return job
+
+
+def page(
+    session: Session,
+    project_id: uuid.UUID,
+    *,
+    after: uuid.UUID | None,
+    limit: int,
+    metadata: dict[str, str] | None = None,
+) -> tuple[list[Job], bool]:
+    """This project's jobs, newest first; and whether there are more."""
+    query = select(Job).where(Job.project_id == project_id).order_by(Job.id.desc()).limit(limit + 1)
+    if after is not None:
+        query = query.where(Job.id < after)
+    if metadata:
+        query = query.where(Job.user_metadata.contains(metadata))
+    rows = list(session.scalars(query))
+    return rows[:limit], len(rows) > limit
+
+
+@dataclass(frozen=True)
+class AttemptView:
+    attempt: Attempt
+    node: str
+
+
+def attempts(session: Session, project_id: uuid.UUID, job_id: uuid.UUID) -> list[AttemptView]:
+    query = select(Attempt, Node.name).join(Node, Node.id == Attempt.node_id)
+    query = query.where(Attempt.project_id == project_id, Attempt.job_id == job_id).order_by(Attempt.no)
+    return [AttemptView(attempt, node) for attempt, node in session.execute(query)]
+
+
+def queue_position(session: Session, job: Job) -> int:
+    """How many of this project's own waiting jobs come first, plus one. Other projects' jobs are not counted here."""
+    earlier = (Job.project_id == job.project_id, Job.state == JobState.QUEUED, Job.queued_at < job.queued_at)
+    return 1 + (session.scalar(select(func.count()).select_from(Job).where(*earlier)) or 0)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the data check needs to know of a job."""
+
+    job: Job
+    training: File
+    validation: File | None
+    base: BaseModel
+
+
+def inputs(session: Session, job_id: uuid.UUID) -> Inputs:
+    job = session.get_one(Job, job_id)
+    validation = session.get_one(File, job.validation_file_id) if job.validation_file_id else None
+    return Inputs(
+        job, session.get_one(File, job.training_file_id), validation, catalogue.by_id(session, job.base_model_id)
+    )
+
+
+def lock(session: Session, job_id: uuid.UUID) -> Job:
+    return session.get_one(Job, job_id, with_for_update=True, populate_existing=True)
+
+
+def resolve(
+    job: Job, base: BaseModel, train: Dataset, validation: Dataset | None, required_bytes: Any
+) -> recipes.Recipe:
+    """Turn every `auto` into a number, now that the rows are known, and write the result on the job."""
+    asked = Hyperparameters.model_validate(job.request["hyperparameters"])
+    extension = Extension.model_validate(job.request["tunery"])
+    recipe = recipes.resolve(asked, extension, train.rows, job.seed)
+    job.recipe = recipe.model_dump(mode="json")
+    job.hyperparameters = recipes.openai_view(recipe)
+    job.train_dataset_id = train.id
+    job.validation_dataset_id = validation.id if validation else None
+    longest = max(train.max_row_bytes, validation.max_row_bytes if validation else 0)
+    job.required_bytes = required_bytes(base.card or {}, recipe, longest)
+    return recipe
+
+
+def platform_identity() -> dict[str, str | None]:
+    """What a run is reproduced from, beside its own recipe, seed and data: our version, locks and image."""
+    return {"tunery": __version__, "lock_sha256": _lock_hash(), "image": os.environ.get("TUNERY_IMAGE")}
+
+
+def _lock_hash() -> str | None:
+    lock = Path(__file__).parent.parent / "constraints.txt"
+    return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else None
+
+
+def _usable_model(session: Session, who: Identity, name: str) -> BaseModel:
+    if name.startswith("ft:"):
+        known = adapters.by_model_name(session, who.project_id, name)
+        if known is None:
+            raise NotFound(f"The model '{name[:80]}' does not exist.", param="model", code="model_not_found")
+        raise Invalid(
+            "Continuing from a fine-tuned model is not supported yet.",
+            param="model",
+            fix="Name its base model instead.",
+        )
+    model = catalogue.get(session, name)
+    if model.state != "ready":
+        state = "still being imported" if model.state == "importing" else f"not usable: {model.error}"
+        raise Invalid(f"The model '{name}' is {state}.", param="model", fix="Wait for its import, or import it again.")
+    return model
+
+
+def _usable_file(session: Session, who: Identity, file_id: str, param: str) -> File:
+    file = files.get(session, who.project_id, file_id, param=param)
+    if file.purpose != "fine-tune":
+        fix = "Upload it again with purpose='fine-tune'."
+        raise Invalid(f"File '{file_id}' has purpose '{file.purpose}'.", param=param, fix=fix)
+    return file
+
+
+def _within_quota(session: Session, who: Identity, max_live: int) -> None:
+    # count-then-insert alone lets two requests through; the lock makes submits of one project take turns
+    key = func.hashtextextended(f"submit:{who.project_id}", 0)
+    session.execute(select(func.pg_advisory_xact_lock(key)))
+    live = select(func.count()).select_from(Job).where(Job.project_id == who.project_id, Job.state.not_in(TERMINAL))
+    if (session.scalar(live) or 0) >= max_live:
+        fix = "Wait for some to finish, or cancel some."
+        raise QuotaExceeded(f"This project already has {max_live} unfinished jobs.", fix=fix)
+
+
+def _slug(name: str) -> str:
+    """A name that can stand between the colons of a model's name."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")[:40] or "org"
+
+
+def refuse_if_used(session: Session, project_id: uuid.UUID, file: File) -> None:
+    """A file whose rows are being read cannot go. Raises Conflict."""
+    reading = (Job.project_id == project_id, Job.state == JobState.VALIDATING)
+    uses = (Job.training_file_id == file.id) | (Job.validation_file_id == file.id)
+    if (job := session.scalar(select(Job.id).where(*reading, uses).limit(1))) is not None:
+        fix = f"Wait a moment, or cancel {ids.encode(ids.JOB, job)}."
+        raise Conflict("A job is just reading this file.", param="file_id", fix=fix)

@@ -1,0 +1,351 @@
+"""The only module that writes `jobs.state` and `attempts.state`.
+
+Every change locks the job, then the attempt, then GPUs by id, so that no two programs can deadlock; under the lock
+a plain look at the state is race-free. A writer that holds an attempt shows its fence; whoever was replaced
+finds a higher one, or a state that is no longer live, and is told `Fenced`.
+"""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import func, select, text
+from sqlalchemy.orm import Session
+
+from tunery import events, outbox
+from tunery.errors import Conflict, NotFound
+from tunery.events import Entry
+from tunery.models import Attempt, Checkpoint, Job
+from tunery.states import (
+    ATTEMPT_MOVES,
+    LEASED_ATTEMPT,
+    LIVE_ATTEMPT,
+    MOVES,
+    POLICY,
+    TERMINAL,
+    AttemptState,
+    FailureCode,
+    Fault,
+    JobState,
+    StopReason,
+    after_failure,
+)
+
+
+class Fenced(Exception):
+    """The attempt is no longer this caller's: it was taken away, ended, or never claimed. Stop at once."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A job and its live attempt, both locked by this transaction."""
+
+    job: Job
+    attempt: Attempt
+
+
+# ---- by whoever runs an attempt ---------------------------------------------------------------------------
+
+
+def claim(session: Session, attempt_id: uuid.UUID, claimed_by: str, lease_s: float) -> Held | None:
+    """Take an assigned attempt and start its job, or learn that it is not to be had. The idempotency point."""
+    held = _lock(session, attempt_id)
+    if held is None or held.attempt.state != AttemptState.ASSIGNED:
+        return None
+    if held.job.state != JobState.QUEUED or held.job.fence != held.attempt.fence:
+        return None
+    _move_attempt(held.attempt, AttemptState.CLAIMED)
+    held.attempt.claimed_by = claimed_by
+    held.attempt.claimed_at = func.now()
+    held.attempt.lease_expires_at = func.now() + timedelta(seconds=lease_s)
+    _move_job(held.job, JobState.STARTING)
+    held.job.wait_reason = None
+    return held
+
+
+def renew(session: Session, attempt_id: uuid.UUID, fence: int, lease_s: float) -> StopReason | None:
+    """Keep the lease; the reply says whether the attempt should stop. Raises Fenced."""
+    row = session.execute(
+        text(
+            "UPDATE attempts SET lease_expires_at = now() + make_interval(secs => :ttl) "
+            "WHERE id = :id AND fence = :fence AND state IN ('claimed', 'running', 'stopping', 'publishing') "
+            "RETURNING stop_reason"
+        ),
+        {"ttl": lease_s, "id": attempt_id, "fence": fence},
+    ).first()
+    if row is None:
+        raise Fenced
+    return StopReason(row.stop_reason) if row.stop_reason else None
+
+
+def hold(session: Session, attempt_id: uuid.UUID, fence: int) -> Held:
+    """Lock an attempt that this caller still holds. Raises Fenced."""
+    held = _lock(session, attempt_id)
+    if held is None or held.attempt.fence != fence or held.attempt.state not in LEASED_ATTEMPT:
+        raise Fenced
+    return held
+
+
+def mark_running(held: Held) -> None:
+    """The trainer has said its first word."""
+    if held.attempt.state == AttemptState.CLAIMED:
+        _move_attempt(held.attempt, AttemptState.RUNNING)
+        held.attempt.started_at = func.now()
+    if held.job.state == JobState.STARTING:
+        _move_job(held.job, JobState.RUNNING)
+        if held.job.started_at is None:
+            held.job.started_at = func.now()
+
+
+def mark_stopping(held: Held) -> None:
+    if held.attempt.state in (AttemptState.CLAIMED, AttemptState.RUNNING):
+        _move_attempt(held.attempt, AttemptState.STOPPING)
+
+
+def begin_publishing(session: Session, held: Held) -> None:
+    """Training is over and the trainer gone: the GPU goes back, the lease stays while the result is stored."""
+    mark_running(held)
+    _move_attempt(held.attempt, AttemptState.PUBLISHING)
+    session.flush()
+    release(session, held.attempt.id)
+
+
+def succeed(session: Session, held: Held, tokens: int) -> None:
+    """The result is published in this same transaction."""
+    _end_attempt(session, held.attempt, AttemptState.SUCCEEDED)
+    _move_job(held.job, JobState.SUCCEEDED)
+    held.job.trained_tokens = tokens
+    told = [
+        Entry(f"New fine-tuned model created: {held.job.model_name}"),
+        Entry("The job has successfully completed", data={"kind": "state", "state": JobState.SUCCEEDED}),
+    ]
+    events.append(session, held.job, told)
+
+
+def stopped(session: Session, held: Held, reason: StopReason) -> None:
+    """The trainer stopped because it was asked to; what follows depends on what the user wants by now."""
+    state = AttemptState.CANCELLED if held.job.state == JobState.CANCELLING else AttemptState.PREEMPTED
+    _end_attempt(session, held.attempt, state)
+    _after_stop(session, held.job, f"Attempt {held.attempt.no} stopped ({reason})")
+
+
+def fail(
+    session: Session,
+    held: Held,
+    code: FailureCode,
+    message: str,
+    *,
+    state: AttemptState = AttemptState.FAILED,
+    still_holds_gpu: bool = False,
+) -> JobState:
+    """End an attempt that failed; its code decides whether the job is tried again.
+
+    `still_holds_gpu`: nobody has seen the trainer die, so its GPUs wait for the node to say so.
+    """
+    _end_attempt(session, held.attempt, state, keep_gpus=still_holds_gpu)
+    held.attempt.failure_code, held.attempt.failure_message = code, message
+    return _after_fault(session, held.job, held.attempt.no, code, message)
+
+
+def release(session: Session, attempt_id: uuid.UUID) -> None:
+    """Free the GPUs and the slot of an attempt, and write its usage. Repeating it changes nothing."""
+    session.execute(text("SELECT release_attempt(:id)"), {"id": attempt_id})
+
+
+# ---- by the scheduler and the node, about attempts whose holder is silent ------------------------------------
+
+
+def declare_lost(session: Session, attempt_id: uuid.UUID, grace_s: float) -> bool:
+    """The lease ran out `grace_s` ago: the attempt is lost, its job goes on elsewhere. False if that is not so."""
+    held = _lock(session, attempt_id)
+    if held is None or held.attempt.state not in LEASED_ATTEMPT:
+        return False
+    expired = select(Attempt.lease_expires_at < func.now() - timedelta(seconds=grace_s)).where(Attempt.id == attempt_id)
+    if not session.scalar(expired):
+        return False
+    message = "The worker stopped renewing its lease."
+    fail(session, held, FailureCode.WORKER_LOST, message, state=AttemptState.LOST, still_holds_gpu=True)
+    return True
+
+
+def unassign(session: Session, attempt_id: uuid.UUID) -> bool:
+    """Nobody claimed the attempt in time, so nothing runs for it: free what it holds. No fault of the job."""
+    held = _lock(session, attempt_id)
+    if held is None or held.attempt.state != AttemptState.ASSIGNED:
+        return False
+    _end_attempt(session, held.attempt, AttemptState.LOST)
+    held.attempt.failure_code = FailureCode.NOT_CLAIMED
+    events.append(session, held.job, [Entry("The assigned node did not answer; the job is assigned again", "warn")])
+    return True
+
+
+def abandon(session: Session, attempt_id: uuid.UUID, code: FailureCode, message: str) -> bool:
+    """The node has found an attempt's supervisor dead and ended whatever was left of it."""
+    held = _lock(session, attempt_id)
+    if held is None or held.attempt.state not in LEASED_ATTEMPT:
+        return False
+    fail(session, held, code, message, state=AttemptState.LOST)
+    return True
+
+
+# ---- by users -----------------------------------------------------------------------------------------------
+
+
+def cancel(session: Session, project_id: uuid.UUID, job_id: uuid.UUID) -> Job:
+    """End a job that has not started, or ask whoever runs it to stop. Cancelling twice is once.
+
+    Raises:
+        NotFound: no such job in this project.
+        Conflict: it has already succeeded or failed.
+    """
+    job = session.scalar(select(Job).where(Job.project_id == project_id, Job.id == job_id).with_for_update())
+    if job is None:
+        raise NotFound("No such fine-tuning job.")
+    state = JobState(job.state)
+    if state in (JobState.CANCELLED, JobState.CANCELLING):
+        return job
+    if state in TERMINAL:
+        raise Conflict(f"The job has already {state}; it cannot be cancelled.", fix="Nothing needs to be done.")
+    attempt = _live_attempt(session, job_id)
+    if state in (JobState.VALIDATING, JobState.QUEUED, JobState.PAUSED):
+        if attempt is not None:
+            _end_attempt(session, attempt, AttemptState.CANCELLED)
+        _move_job(job, JobState.CANCELLED)
+        _cancel_tasks(session, job_id)
+        events.append(session, job, [_cancelled_entry()])
+        return job
+    _move_job(job, JobState.CANCELLING)
+    events.append(session, job, [Entry("The job is being cancelled")])
+    if attempt is not None:
+        attempt.stop_reason = StopReason.CANCEL
+        outbox.send(session, outbox.RING_NODE, job.project_id, _ring(attempt))
+    return job
+
+
+# ---- by the data check ----------------------------------------------------------------------------------------
+
+
+def enqueue(session: Session, job: Job, entries: Sequence[Entry]) -> bool:
+    """The rows are sound: the job waits for a GPU. False if it was cancelled meanwhile."""
+    if job.state != JobState.VALIDATING:
+        return False
+    _move_job(job, JobState.QUEUED)
+    events.append(session, job, [*entries, Entry("Files validated; the job waits for a GPU")])
+    return True
+
+
+def reject(session: Session, job: Job, code: FailureCode, message: str, param: str) -> bool:
+    """The rows are not sound: the job ends. False if it was cancelled meanwhile."""
+    if job.state != JobState.VALIDATING:
+        return False
+    _fail_job(session, job, code, message, param)
+    return True
+
+
+# ---- helpers, in call order -------------------------------------------------------------------------------------
+
+
+def _lock(session: Session, attempt_id: uuid.UUID) -> Held | None:
+    job_id = session.scalar(select(Attempt.job_id).where(Attempt.id == attempt_id))
+    if job_id is None:
+        return None
+    fresh: dict[str, Any] = {"with_for_update": True, "populate_existing": True}
+    job, attempt = session.get(Job, job_id, **fresh), session.get(Attempt, attempt_id, **fresh)
+    return Held(job, attempt) if job is not None and attempt is not None else None
+
+
+def _live_attempt(session: Session, job_id: uuid.UUID) -> Attempt | None:
+    live = select(Attempt).where(Attempt.job_id == job_id, Attempt.state.in_(LIVE_ATTEMPT))
+    return session.scalar(live.with_for_update().execution_options(populate_existing=True))
+
+
+def _move_job(job: Job, to: JobState) -> None:
+    if to not in MOVES.get(JobState(job.state), frozenset()):
+        raise RuntimeError(f"a job cannot become {to} from {job.state}")
+    job.state = to
+    if to in TERMINAL:
+        job.finished_at = func.now()
+        job.wait_reason = None
+
+
+def _move_attempt(attempt: Attempt, to: AttemptState) -> None:
+    if to not in ATTEMPT_MOVES.get(AttemptState(attempt.state), frozenset()):
+        raise RuntimeError(f"an attempt cannot become {to} from {attempt.state}")
+    attempt.state = to
+
+
+def _end_attempt(session: Session, attempt: Attempt, to: AttemptState, *, keep_gpus: bool = False) -> None:
+    _move_attempt(attempt, to)
+    attempt.ended_at = func.now()
+    attempt.lease_expires_at = None
+    session.flush()
+    if not keep_gpus:
+        release(session, attempt.id)
+
+
+def _after_stop(session: Session, job: Job, message: str) -> None:
+    if job.state == JobState.CANCELLING:
+        _move_job(job, JobState.CANCELLED)
+        events.append(session, job, [_cancelled_entry()])
+    elif job.state == JobState.PAUSING:
+        _move_job(job, JobState.PAUSED)
+        events.append(session, job, [Entry("The job is paused", data={"kind": "state", "state": JobState.PAUSED})])
+    else:
+        _move_job(job, JobState.QUEUED)
+        events.append(session, job, [Entry(f"{message}; the job is back in the queue", "warn")])
+
+
+def _after_fault(session: Session, job: Job, attempt_no: int, code: FailureCode, message: str) -> JobState:
+    policy = POLICY[code]
+    platform = policy.fault is Fault.PLATFORM
+    if job.state == JobState.CANCELLING or (job.state == JobState.PAUSING and platform):
+        _after_stop(session, job, message)
+        return JobState(job.state)
+    newest = _newest_step(session, job.id)
+    if platform:
+        job.faults_without_progress = 1 if newest > job.fault_step else job.faults_without_progress + 1
+        job.fault_step = newest
+    if after_failure(code, job.faults_without_progress) is JobState.QUEUED:
+        _move_job(job, JobState.QUEUED)
+        start = f"from its checkpoint at step {newest}" if newest else "from the beginning"
+        data = {"kind": "retry", "code": code, "attempt": attempt_no, "from_step": newest}
+        events.append(
+            session,
+            job,
+            [Entry(f"Attempt {attempt_no} ended: {message} The job is tried again {start}", "warn", data=data)],
+        )
+    else:
+        _fail_job(session, job, code, message, None)
+    return JobState(job.state)
+
+
+def _newest_step(session: Session, job_id: uuid.UUID) -> int:
+    steps = select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
+    return session.scalar(steps) or 0
+
+
+def _fail_job(session: Session, job: Job, code: FailureCode, message: str, param: str | None) -> None:
+    _move_job(job, JobState.FAILED)
+    job.error_code, job.error_message, job.error_param = code, message, param
+    data = {"kind": "state", "state": JobState.FAILED, "code": code, "fix": POLICY[code].fix}
+    events.append(session, job, [Entry(f"The job failed: {message}", "error", data=data)])
+
+
+def _cancel_tasks(session: Session, job_id: uuid.UUID) -> None:
+    session.execute(
+        text(
+            "UPDATE tasks SET state = 'cancelled', finished_at = now(), lease_expires_at = NULL "
+            "WHERE job_id = :job AND state IN ('queued', 'leased')"
+        ),
+        {"job": job_id},
+    )
+
+
+def _cancelled_entry() -> Entry:
+    return Entry("The job was cancelled", data={"kind": "state", "state": JobState.CANCELLED})
+
+
+def _ring(attempt: Attempt) -> dict[str, str]:
+    return {"node_id": str(attempt.node_id), "attempt_id": str(attempt.id)}

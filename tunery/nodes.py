@@ -1,0 +1,110 @@
+"""A node's own rows: itself, its devices, its slots, the attempts assigned to it."""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from tunery.models import Allocation, Attempt, Engine, Gpu, Node, Slot
+from tunery.states import LEASED_ATTEMPT, LIVE_ATTEMPT, AttemptState
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device as the node found it. Memory in bytes; `usable` leaves room for the driver and for others."""
+
+    uuid: str
+    index: int
+    kind: str
+    name: str
+    total_bytes: int
+    usable_bytes: int
+
+
+@dataclass(frozen=True)
+class Assigned:
+    attempt_id: uuid.UUID
+    state: AttemptState
+    claimed_by: str | None
+
+
+def register(
+    session: Session,
+    node_id: uuid.UUID,
+    *,
+    name: str,
+    boot_id: uuid.UUID,
+    devices: Sequence[Device],
+    slots: int,
+    task_slots: int,
+    version: str,
+    info: dict[str, Any],
+) -> None:
+    """Write down what this node is, at every start of its process. A device that is gone becomes `absent`."""
+    node = {"name": name, "boot_id": boot_id, "task_slots": task_slots, "version": version, "info": info}
+    fresh = insert(Node).values(id=node_id, state="up", **node)
+    session.execute(fresh.on_conflict_do_update(index_elements=["id"], set_=node | {"last_seen_at": func.now()}))
+    known = {gpu.uuid: gpu for gpu in session.scalars(select(Gpu).where(Gpu.node_id == node_id).with_for_update())}
+    for device in devices:
+        gpu = known.pop(device.uuid, None)
+        if gpu is None:
+            session.add(gpu := Gpu(node_id=node_id, uuid=device.uuid))
+        gpu.index, gpu.kind, gpu.name = device.index, device.kind, device.name
+        gpu.total_bytes = device.total_bytes
+        # what is reserved now stays within bounds even if less memory is free than at the last start
+        gpu.usable_bytes = max(device.usable_bytes, gpu.reserved_bytes or 0)
+        gpu.state = "healthy"
+    for gone in known.values():
+        gone.state = "absent"
+    have = set(session.scalars(select(Slot.no).where(Slot.node_id == node_id)))
+    session.add_all(Slot(node_id=node_id, no=no) for no in range(slots) if no not in have)
+
+
+def heartbeat(session: Session, node_id: uuid.UUID, boot_id: uuid.UUID) -> bool:
+    """Say that this node lives. False: another process has registered under this node's id."""
+    mine = (Node.id == node_id, Node.boot_id == boot_id)
+    found = session.execute(update(Node).where(*mine).values(last_seen_at=func.now()).returning(Node.id))
+    return found.first() is not None
+
+
+def assigned(session: Session, node_id: uuid.UUID) -> list[Assigned]:
+    """Attempts that this node should start or is running."""
+    query = select(Attempt.id, Attempt.state, Attempt.claimed_by).where(
+        Attempt.node_id == node_id, Attempt.state.in_(LIVE_ATTEMPT)
+    )
+    return [
+        Assigned(row.id, AttemptState(row.state), row.claimed_by) for row in session.execute(query.order_by(Attempt.id))
+    ]
+
+
+def held_by(session: Session, node_id: uuid.UUID, claimed_by: str) -> list[uuid.UUID]:
+    """Attempts that one supervisor of this node holds."""
+    query = select(Attempt.id).where(
+        Attempt.node_id == node_id, Attempt.claimed_by == claimed_by, Attempt.state.in_(LEASED_ATTEMPT)
+    )
+    return list(session.scalars(query))
+
+
+def unreleased(session: Session, node_id: uuid.UUID) -> list[uuid.UUID]:
+    """Ended attempts that still hold this node's devices: nobody has seen their trainers die yet."""
+    query = (
+        select(Attempt.id)
+        .join(Allocation, Allocation.owner_attempt == Attempt.id)
+        .where(Attempt.node_id == node_id, Attempt.state.not_in(LIVE_ATTEMPT), Allocation.released_at.is_(None))
+    )
+    return list(session.scalars(query.distinct()))
+
+
+def devices_of(session: Session, attempt_id: uuid.UUID) -> list[Gpu]:
+    """The devices an attempt was given, by index."""
+    query = select(Gpu).join(Allocation, Allocation.gpu_id == Gpu.id).where(Allocation.owner_attempt == attempt_id)
+    return list(session.scalars(query.order_by(Gpu.index)))
+
+
+def engine_socket(session: Session, engine_id: uuid.UUID) -> str | None:
+    """Where an engine of this node takes attempts; None if it is not up."""
+    return session.scalar(select(Engine.socket).where(Engine.id == engine_id, Engine.state == "up"))

@@ -1,0 +1,131 @@
+"""Objects. Keys are minted by us and written once; what is published was read back first."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from tunery.contracts.events import FileEntry
+from tunery.errors import Unavailable
+from tunery.settings import MIB, StorageSettings
+
+_BLOCK = MIB
+_FAULTS = (BotoCoreError, ClientError)
+
+
+class CorruptObject(Exception):
+    """What the store returned is not what was put there."""
+
+
+class Storage:
+    """One bucket of an S3 service. Raises `Unavailable` when the service does not answer."""
+
+    def __init__(self, settings: StorageSettings) -> None:
+        self.bucket = settings.s3_bucket
+        self._client: Any = boto3.client(
+            "s3",
+            endpoint_url=settings.s3_endpoint_url,
+            region_name=settings.s3_region,
+            aws_access_key_id=settings.s3_access_key_id.get_secret_value(),
+            aws_secret_access_key=settings.s3_secret_access_key.get_secret_value(),
+            config=Config(
+                connect_timeout=5,
+                read_timeout=60,
+                retries={"mode": "standard", "max_attempts": 4},
+                s3={"addressing_style": "path"},
+            ),
+        )
+        self._transfer = TransferConfig(multipart_threshold=16 * MIB, multipart_chunksize=16 * MIB, max_concurrency=4)
+
+    def ping(self) -> None:
+        """Raises Unavailable unless the bucket can be reached."""
+        self._do(lambda: self._client.head_bucket(Bucket=self.bucket))
+
+    def put(self, key: str, stream: BinaryIO) -> None:
+        self._do(lambda: self._client.upload_fileobj(stream, self.bucket, key, Config=self._transfer))
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        self._do(lambda: self._client.put_object(Bucket=self.bucket, Key=key, Body=data))
+
+    def put_verified(self, key: str, path: Path, sha256: str) -> None:
+        """Store a file and read it back: a server may acknowledge what it has not kept.
+
+        Raises:
+            CorruptObject: the object that came back has another hash.
+        """
+        with path.open("rb") as stream:
+            self.put(key, stream)
+        sha = hashlib.sha256()
+        for block in self.read(key):
+            sha.update(block)
+        if sha.hexdigest() != sha256:
+            raise CorruptObject(f"{key} came back with another hash than was stored")
+
+    def read(self, key: str, start: int = 0) -> Iterator[bytes]:
+        """The object's bytes from `start`, in blocks."""
+        extra = {"Range": f"bytes={start}-"} if start else {}
+        body = self._do(lambda: self._client.get_object(Bucket=self.bucket, Key=key, **extra))["Body"]
+        try:
+            yield from body.iter_chunks(_BLOCK)
+        except _FAULTS as error:
+            raise Unavailable("The object store broke off a transfer.", fix="Try again.") from error
+        finally:
+            body.close()
+
+    def get_bytes(self, key: str) -> bytes | None:
+        """A small object whole, or None if there is none."""
+        try:
+            return b"".join(self.read(key))
+        except KeyError:
+            return None
+
+    def fetch(self, key: str, path: Path, sha256: str) -> None:
+        """Bring an object to `path`, which appears only once its hash is right.
+
+        Raises:
+            CorruptObject: twice in a row the bytes had another hash.
+            KeyError: there is no such object.
+        """
+        part = path.with_name(path.name + ".part")
+        for _ in range(2):
+            sha = hashlib.sha256()
+            with part.open("wb") as out:
+                for block in self.read(key):
+                    sha.update(block)
+                    out.write(block)
+            if sha.hexdigest() == sha256:
+                part.rename(path)
+                return
+        part.unlink(missing_ok=True)
+        raise CorruptObject(f"{key} does not have the recorded hash")
+
+    def delete(self, key: str) -> None:
+        self._do(lambda: self._client.delete_object(Bucket=self.bucket, Key=key))
+
+    def uri(self, key: str) -> str:
+        return f"s3://{self.bucket}/{key}"
+
+    def _do(self, call: Any) -> Any:
+        try:
+            return call()
+        except _FAULTS as error:
+            if isinstance(error, ClientError) and error.response["Error"]["Code"] in ("NoSuchKey", "404"):
+                raise KeyError(str(error)) from error
+            raise Unavailable(
+                "The object store does not answer.", fix="Try again; your operator sees the cause."
+            ) from error
+
+
+def manifest(directory: Path) -> list[FileEntry]:
+    """Name, size and sha256 of every file below `directory`, by name."""
+    found = []
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with path.open("rb") as stream:
+            sha = hashlib.file_digest(stream, "sha256").hexdigest()
+        found.append(FileEntry(name=path.relative_to(directory).as_posix(), bytes=path.stat().st_size, sha256=sha))
+    return found
