@@ -1,4 +1,4 @@
-"""`tunery up` and what goes with it: hands over to `python -m tunery.embedded`, so the client needs no server library."""
+"""`tunery up` and its like: each becomes `python -m tunery.embedded`, so the client needs no server's library."""
 
 import os
 import sys
@@ -93,7 +93,7 @@ def _hand_over(module: str, *arguments: str) -> NoReturn:
     """Become that program: signals, terminal and exit code are then its own."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])  # noqa: S606
 
 
 def _flag(name: str, wanted: bool) -> list[str]:

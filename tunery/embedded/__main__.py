@@ -96,7 +96,8 @@ def _down(home: Home, options: argparse.Namespace) -> int:
     sys.stderr.write("tunery is stopped\n" if stopped else f"tunery was not running (home {home.root})\n")
     if options.purge:
         home.purge()
-        sys.stderr.write(f"deleted {home.root}\n")
+        left = "; files that are not ours stay" if home.root.exists() else ""
+        sys.stderr.write(f"the data of {home.root} are deleted{left}\n")
     return 0
 
 
