@@ -1,0 +1,40 @@
+# `make demo` on a bare machine: no Docker, no database, no Redis to install first.
+#   PYTHON=python3.12   another interpreter      TORCH=host   keep the host's torch
+#   TORCH_INDEX=URL     an extra index for torch
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test quick check format clean
+
+PYTHON_FOR_SETUP := $(shell command -v $(or $(PYTHON),python3))
+VENV_PYTHON := .venv/bin/python
+export PYTHON TORCH TORCH_INDEX
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup:  ## a virtualenv with exactly the pinned packages; at once when nothing has changed
+	@$(or $(PYTHON_FOR_SETUP),python3) scripts/setup.py
+
+demo: export TUNERY_HOME ?= $(CURDIR)/.tunery
+demo: setup  ## start everything, train a small model, show the result
+	@$(VENV_PYTHON) scripts/demo.py
+
+test: setup  ## every test, against real servers
+	@$(VENV_PYTHON) -m pytest
+
+quick: setup  ## the tests that take seconds
+	@$(VENV_PYTHON) -m pytest -m "not slow"
+
+check: setup  ## ruff, types, import rules, models against migrations
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@$(VENV_PYTHON) scripts/typecheck.py
+	@.venv/bin/lint-imports --no-cache
+	@$(VENV_PYTHON) scripts/alembic_check.py
+
+format: setup  ## let ruff put the code in order
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+clean:  ## delete the virtualenv and caches; .tunery stays (tunery down --purge deletes that)
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
