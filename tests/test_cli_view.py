@@ -1,0 +1,57 @@
+"""The line that a watcher sees, and numbers as people read them."""
+
+import pytest
+from rich.text import Text
+
+from tests.test_cli_server import event, job, progress
+from tunery.cli.job_follow import seconds
+from tunery.cli.show import ago, duration, number, parameters, rate, size
+from tunery.cli.terminal import clean
+from tunery.cli.watch_view import Seen, bar, live_line, told
+
+
+@pytest.mark.parametrize("width", range(20, 140, 7))
+def test_the_live_line_never_wraps(width: int) -> None:
+    running = job(state="running", progress=progress(24, phase="evaluating"))
+    assert live_line(running, width, Text("⠋")).cell_len <= width
+
+
+def test_the_live_line_says_everything_where_there_is_room() -> None:
+    line = live_line(job(state="running", progress=progress(24)), 140, Text("⠋")).plain
+    assert "running  step 24/40 ━━━━━━━━━━━━━" in line
+    assert line.endswith("60%  loss 2.000  eval 1.311  2.1k tok/s  ETA 1m 20s")
+    queued = job(state="queued", queue={"reason": "needs 1 GPU; 0 free", "position": 2})
+    assert live_line(queued, 140, Text("⠋")).plain.endswith("queued  position 2: needs 1 GPU; 0 free")
+
+
+@pytest.mark.parametrize("percent", [-1, 0, 0.1, 33.3, 50, 99.9, 100, 250])
+def test_the_bar_keeps_its_length(percent: float) -> None:
+    assert sum(len(text) for text, _ in bar(percent)) == 22
+
+
+def test_values_that_are_no_numbers_are_shown_as_they_are() -> None:
+    diverged = progress(24) | {"loss": "NaN", "tokens_per_second": "Infinity", "eta_seconds": None}
+    line = live_line(job(state="running", progress=diverged), 140, Text("⠋")).plain
+    assert "loss nan" in line
+    values = {"eval/loss": "NaN", "eval/exact_match": "Infinity"}
+    shown = told(event(1, kind="eval", when="after", values=values), Seen())
+    assert shown is not None
+    assert shown.endswith("loss nan  exact match inf")
+
+
+def test_what_others_wrote_cannot_steer_the_terminal() -> None:
+    shown = told(event(1, "\x1b[2J\x9b31mhello\r\x07"), Seen())
+    assert shown is not None
+    assert shown.endswith("[2J31mhello")
+    assert clean("a\tb\nc\x1b") == "a\tb\nc"
+
+
+def test_numbers_read_well() -> None:
+    assert [size(n) for n in (None, 0, 999, 1000, 120_400, 999_999, 3.1e6, 5e12)] == [
+        "-", "0 B", "999 B", "1.0 KB", "120 KB", "1.0 MB", "3.1 MB", "5.0 TB",
+    ]  # fmt: skip
+    assert [duration(n) for n in (0, 59.6, 80, 7500)] == ["0s", "1m 00s", "1m 20s", "2h 05m"]
+    assert [parameters(n) for n in (0, 134_515_008, 8_030_000_000)] == ["-", "135M", "8.0B"]
+    assert (number(None), number(1.2345), rate(None), rate(812), rate("NaN")) == ("-", "1.234", "", "812 tok/s", "")
+    assert ago("2020-01-01T00:00:00Z").endswith("d ago")
+    assert [seconds(text) for text in ("90", "90s", "15m", "1h30m")] == [90, 90, 900, 5400]
