@@ -16,6 +16,7 @@ _SECTIONS = {
     "Account": ("login", "logout", "whoami"),
     "Fine-tuning": ("models", "files", "jobs", "adapters"),
 }
+_JOBS = ("create", "watch", "wait", "list", "show", "logs", "events", "checkpoints", "cancel")
 _ANYWHERE = ("--api-url", "--profile")
 
 EPILOG = """\b
@@ -122,6 +123,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
 job_create.register(jobs.app)
 job_follow.register(jobs.app)
+jobs.app.registered_commands.sort(key=lambda command: _JOBS.index(command.name or ""))
 
 
 def main() -> None:

@@ -188,7 +188,11 @@ def from_api(error: "APIError") -> Failure:
 def _reasons(error: "APIError") -> list[str]:
     if error.errors:
         return [reason(item) for item in error.errors]
-    said = {401: "the server did not accept the key", 403: "the key is good, but may not do this"}
+    said = {
+        401: "the server did not accept the key",
+        403: "the key is good, but may not do this",
+        404: "it does not exist, or belongs to another project",
+    }
     if error.param:
         return [f"parameter: {error.param}"]
     return [said.get(error.status, f"the server answered HTTP {error.status}")]

@@ -24,33 +24,37 @@ def register(app: typer.Typer) -> None:
 
 
 def create(
-    model: Annotated[str, typer.Option("--model", "-m", help="A base model, or a tuned one to go on from.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="MODEL", help="A base model, or a tuned one to go on from.")
+    ],
     training: Annotated[str, typer.Option("--training", "-t", metavar="FILE|ID", help="A local JSONL file or an id.")],
     validation: Annotated[
         str | None,
         typer.Option("--validation", "-v", metavar="FILE|ID", help="Held-out rows, for measuring."),
     ] = None,
-    suffix: Annotated[str | None, typer.Option(help="A part of the result's name.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per optimiser step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate, e.g. 2e-4.")] = None,
-    lr_multiplier: Annotated[float | None, typer.Option(help="Of the default learning rate (OpenAI's).")] = None,
-    r: Annotated[int | None, typer.Option("--r", min=1, help="LoRA rank.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
-    dropout: Annotated[float | None, typer.Option(min=0, max=1, help="LoRA dropout.")] = None,
+    suffix: Annotated[str | None, typer.Option(metavar="NAME", help="A part of the result's name.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="Else one is drawn and told.")] = None,
+    epochs: Annotated[float | None, typer.Option(metavar="N", help="Passes over the data.")] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", min=1, help="Examples per optimiser step.")] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate, e.g. 2e-4.")] = None,
+    lr_multiplier: Annotated[
+        float | None, typer.Option(metavar="X", help="Of the default learning rate (OpenAI's).")
+    ] = None,
+    r: Annotated[int | None, typer.Option("--r", metavar="N", min=1, help="LoRA rank.")] = None,
+    alpha: Annotated[float | None, typer.Option(metavar="X", help="LoRA alpha.")] = None,
+    dropout: Annotated[float | None, typer.Option(metavar="X", min=0, max=1, help="LoRA dropout.")] = None,
     target_modules: Annotated[str | None, typer.Option(metavar="A,B", help="all-linear, or module names.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=16, help="Tokens per example, at most.")] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
-    eval_steps: Annotated[int | None, typer.Option(min=0, help="Evaluate every so many steps.")] = None,
-    save_steps: Annotated[int | None, typer.Option(min=0, help="Checkpoint every so many steps.")] = None,
-    samples: Annotated[int | None, typer.Option(min=0, max=20, help="Held-out prompts to answer.")] = None,
+    max_length: Annotated[int | None, typer.Option(metavar="N", min=16, help="Tokens per example, at most.")] = None,
+    max_steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after so many steps.")] = None,
+    eval_steps: Annotated[int | None, typer.Option(metavar="N", min=0, help="Evaluate every so many steps.")] = None,
+    save_steps: Annotated[int | None, typer.Option(metavar="N", min=0, help="Checkpoint every so many steps.")] = None,
+    samples: Annotated[int | None, typer.Option(metavar="N", min=0, max=20, help="Held-out prompts to answer.")] = None,
     exact_match: Annotated[
         bool | None, typer.Option("--exact-match/--no-exact-match", help="Count right answers.")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Settings; flags go over it.")] = None,
     metadata: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Repeatable.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1)] = None,
+    gpus: Annotated[int | None, typer.Option(metavar="N", min=1, help="On one node.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Return when it has ended; exit 3 or 10 if not well.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="As --wait, with live progress.")] = False,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return at once (the default).")] = False,

@@ -103,10 +103,11 @@ def poll(api: "Client", job_id: str, look: "Callable[[Job], None]", deadline: fl
         try:
             job = api.job(job_id)
         except (Unreachable, ServerError) as error:
-            away_since = away_since or time.monotonic()
-            if time.monotonic() - away_since > PATIENCE_S:
+            if away_since is None:
+                away_since = time.monotonic()
+                say(paint(f"{clock(None)}  {error}; the job is not affected, trying again", dim=True))
+            elif time.monotonic() - away_since > PATIENCE_S:
                 raise
-            say(paint(f"{clock(None)}  {error}; the job is not affected, trying again", dim=True))
         else:
             away_since = None
             look(job)

@@ -25,8 +25,12 @@ STATE_COLOUR = {
 }
 
 
+WHOLE = ("STATE", "STATUS", "VERSION")
+"""Columns that say nothing when cut."""
+
+
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> None:
-    """The first column is an id or a name and is never cut; on a narrow terminal the others give way."""
+    """The first column, an id or a name, and those of `WHOLE` are never cut; where it is narrow the others give way."""
     from rich.table import Table
     from rich.text import Text
 
@@ -39,7 +43,9 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, right: Se
             justify="right" if header in right else "left",
         )
     cells = [[clean("-" if cell is None else cell) for cell in row] for row in rows]
-    grid.columns[0].min_width = max([len(headers[0]), *(len(row[0]) for row in cells)])
+    for number, header in enumerate(headers):
+        if number == 0 or header in WHOLE:
+            grid.columns[number].min_width = max([len(header), *(len(row[number]) for row in cells)])
     for row in cells:
         grid.add_row(*(Text(cell, style=STATE_COLOUR.get(cell, "")) for cell in row))
     out = console()
