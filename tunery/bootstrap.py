@@ -121,11 +121,7 @@ def database_of(url: str) -> str:
 
 @contextlib.contextmanager
 def _admin(url: str) -> Iterator[psycopg.Connection]:
-    try:
-        connection = psycopg.connect(url_for(url), autocommit=True, connect_timeout=10)
-    except psycopg.OperationalError as error:
-        raise Unsuitable(f"the database server did not let us in: {error}") from error
-    with connection:
+    with _connect(url) as connection:
         try:
             yield connection
         except psycopg.errors.InsufficientPrivilege as error:
@@ -133,6 +129,16 @@ def _admin(url: str) -> Iterator[psycopg.Connection]:
                 f"{error}. The admin URL needs a role that may create roles and databases "
                 "(superuser, or CREATEROLE and CREATEDB)."
             ) from error
+
+
+def _connect(url: str) -> psycopg.Connection:
+    """To the URL's database, or to `postgres` where that one is still to be made."""
+    try:
+        return psycopg.connect(url_for(url), autocommit=True, connect_timeout=10)
+    except psycopg.OperationalError as error:
+        with contextlib.suppress(psycopg.OperationalError):
+            return psycopg.connect(url_for(url, database="postgres"), autocommit=True, connect_timeout=10)
+        raise Unsuitable(f"the database server did not let us in: {error}") from error
 
 
 def _check_server(connection: psycopg.Connection) -> None:

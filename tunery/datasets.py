@@ -82,7 +82,7 @@ _ANY = msgspec.json.Decoder()
 _ENCODER = msgspec.json.Encoder()
 _ROLES = ("system", "user", "assistant")
 _NOT_YET = {
-    "input": "preference rows (not supported yet: `input`, `preferred_output`, `non_preferred_output`) need method 'dpo'",
+    "input": "preference rows (`input`, `preferred_output`, `non_preferred_output`) are not supported yet",
     "tools": "`tools` are not supported yet",
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -72,6 +72,14 @@ def store_checkpoint(
     session.flush()
     data = {"kind": "checkpoint", "step": said.step, "id": encode(CHECKPOINT, checkpoint.id)}
     events.append(session, held.job, [Entry(f"Checkpoint created at step {said.step}", data=data)])
+
+
+def discard_checkpoint(session: Session, held: Held) -> None:
+    """The checkpoint this attempt was to continue from is damaged: an older one, or none, serves the next attempt."""
+    if held.attempt.resume_checkpoint_id is not None:
+        session.get_one(Checkpoint, held.attempt.resume_checkpoint_id).deleted_at = func.now()
+        text = f"The checkpoint at step {held.attempt.start_step} is damaged and was discarded"
+        events.append(session, held.job, [Entry(text, level="warn")])
 
 
 def json_safe(values: dict[str, float]) -> dict[str, Any]:

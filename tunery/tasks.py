@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from tunery import outbox
@@ -96,6 +96,12 @@ def expired(session: Session, grace_s: float) -> list[Task]:
     """Leased tasks whose node fell silent, locked. A lease may be picked up again by anyone: tasks hold no GPU."""
     late = Task.lease_expires_at < func.now() - timedelta(seconds=grace_s)
     return list(session.scalars(select(Task).where(Task.state == "leased", late).with_for_update(skip_locked=True)))
+
+
+def give_back(session: Session, node_id: uuid.UUID) -> None:
+    """A node that stops, or starts anew, runs none of the tasks it had: others may take them at once."""
+    mine = (Task.node_id == node_id, Task.state == "leased")
+    session.execute(update(Task).where(*mine).values(state="queued", lease_expires_at=None))
 
 
 def _end(task: Task, state: str) -> None:

@@ -1,0 +1,51 @@
+"""The node's process: `python -m worker`."""
+
+import sys
+import uuid
+
+import structlog
+
+from tunery.db import make_engine, make_sessions, refuse_privileged_role
+from tunery.ids import uuid7
+from tunery.settings import NodeSettings
+from tunery.storage import Storage
+from tunery.telemetry import configure_logs
+from worker import locks
+from worker.node import Node, Replaced
+
+log = structlog.get_logger(__name__)
+
+
+def main() -> int:
+    configure_logs("node")
+    settings = NodeSettings()  # type: ignore[call-arg] - from the environment
+    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        lock = locks.take(settings.home / "node.lock")
+    except locks.Taken:
+        log.error("a node already runs in this home", home=str(settings.home))
+        return 1
+    with lock:
+        engine = make_engine(settings.database_url.get_secret_value(), pool_size=settings.cpu_task_slots + 2)
+        refuse_privileged_role(engine)
+        node_id = _identity(settings)
+        try:
+            Node(node_id, settings, make_sessions(engine, node_id=node_id), Storage(settings)).run()
+        except Replaced:
+            log.error("another process has registered as this node; leaving it to that one")
+            return 1
+    return 0
+
+
+def _identity(settings: NodeSettings) -> uuid.UUID:
+    """Made once and kept in the node's home: a restarted node is the same node."""
+    path = settings.home / "node_id"
+    if not path.exists():
+        part = path.with_suffix(".part")
+        part.write_text(str(uuid7()))
+        part.rename(path)
+    return uuid.UUID(path.read_text().strip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""How an attempt ends: what its outcome means, publishing, and writing it down under the fence."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from tunery import adapters, leases, progress
+from tunery.contracts.events import (
+    EXIT_MEMORY,
+    EXIT_STOPPED,
+    EXIT_USER,
+    Event,
+    Failed,
+    Finished,
+    Stopped,
+)
+from tunery.db import Sessions, transaction
+from tunery.settings import NodeSettings
+from tunery.states import FailureCode, StopReason
+from tunery.storage import CorruptObject, Storage
+from worker.patience import OutageTooLong, persist
+from worker.uploads import STORAGE_GRACE_S, prefix, upload
+from worker.workspace import Work, Workspace
+
+log = structlog.get_logger(__name__)
+
+_TAIL = 1500
+_EXIT_CODES = {
+    EXIT_USER: FailureCode.INVALID_SPEC,
+    EXIT_MEMORY: FailureCode.OUT_OF_MEMORY,
+}
+
+
+@dataclass(frozen=True)
+class NoOutcome:
+    """The trainer went without a word. `exit_code` is None if it had to be killed or was an engine."""
+
+    exit_code: int | None
+    lost: FailureCode
+
+
+class Ending:
+    """Writes the end of one attempt. Every method may raise Fenced or OutageTooLong."""
+
+    def __init__(
+        self, work: Work, workspace: Workspace, storage: Storage, sessions: Sessions, settings: NodeSettings
+    ) -> None:
+        self._work, self._workspace, self._storage = work, workspace, storage
+        self._sessions, self._settings = sessions, settings
+
+    def settle(self, outcome: Event | NoOutcome, stop: StopReason | None, *, trainer_gone: bool) -> None:
+        """Publish, requeue, fail or cancel, as the outcome says."""
+        match outcome:
+            case Finished():
+                self._publish(outcome)
+            case Failed():
+                self.fail(outcome.code, outcome.message, trainer_gone=trainer_gone)
+            case Stopped():
+                self._stopped(stop or outcome.reason)
+            case NoOutcome() if stop is not None or outcome.exit_code == EXIT_STOPPED:
+                self._stopped(stop or StopReason.SHUTDOWN)
+            case NoOutcome():
+                code = _EXIT_CODES.get(outcome.exit_code or 0, outcome.lost)
+                self.fail(code, f"{_how(outcome)} {self._tail()}".strip(), trainer_gone=trainer_gone)
+            case _:
+                raise AssertionError(f"{outcome.type} is no outcome")
+
+    def fail(self, code: FailureCode, message: str, *, trainer_gone: bool = True) -> None:
+        def write() -> None:
+            with transaction(self._sessions) as session:
+                held = leases.hold(session, self._work.attempt_id, self._work.fence)
+                if code is FailureCode.CORRUPT_CHECKPOINT:
+                    progress.discard_checkpoint(session, held)
+                leases.fail(session, held, code, message[:4000], still_holds_gpu=not trainer_gone)
+
+        log.warning("attempt failed", code=code, reason=message[:300])
+        persist("ending the attempt", write, self._settings.outage_grace_s)
+
+    def _stopped(self, reason: StopReason) -> None:
+        def write() -> None:
+            with transaction(self._sessions) as session:
+                held = leases.hold(session, self._work.attempt_id, self._work.fence)
+                leases.stopped(session, held, reason)
+
+        persist("ending the attempt", write, self._settings.outage_grace_s)
+
+    def _publish(self, finished: Finished) -> None:
+        """Free the GPU, store and verify every file, then publish and succeed in one transaction."""
+
+        def begin() -> None:
+            with transaction(self._sessions) as session:
+                leases.begin_publishing(session, leases.hold(session, self._work.attempt_id, self._work.fence))
+
+        def commit() -> None:
+            with transaction(self._sessions) as session:
+                held = leases.hold(session, self._work.attempt_id, self._work.fence)
+                adapters.publish(session, held, output)
+                leases.succeed(session, held, finished.tokens)
+
+        persist("publishing", begin, self._settings.outage_grace_s)
+        output = adapters.Published(
+            f"{prefix(self._work)}/output", finished.files, progress.json_safe(finished.metrics)
+        )
+        try:
+            upload(self._storage, Path(finished.path), finished.files, output.prefix, STORAGE_GRACE_S)
+        except (CorruptObject, OSError, KeyError) as error:
+            self.fail(FailureCode.CORRUPT_ARTIFACT, f"The result could not be stored: {error}")
+            return
+        except OutageTooLong:
+            self.fail(
+                FailureCode.STORAGE_UNAVAILABLE, "The object store stayed away while the result was to be stored."
+            )
+            return
+        persist("publishing", commit, self._settings.outage_grace_s)
+        log.info("published", model=self._work.model_name, prefix=output.prefix)
+
+    def _tail(self) -> str:
+        """First and last of what the trainer printed: a traceback's end says what, its beginning sometimes why."""
+        if not self._workspace.log.exists():
+            return ""
+        text = self._workspace.log.read_bytes()[-200_000:].decode(errors="replace").strip()
+        if len(text) <= 2 * _TAIL:
+            return text
+        return f"{text[:_TAIL]}\n...\n{text[-_TAIL:]}"
+
+
+def _how(outcome: NoOutcome) -> str:
+    if outcome.lost is FailureCode.ENGINE_LOST:
+        return "The engine went away."
+    if outcome.exit_code is None:
+        return "The trainer stopped answering."
+    if outcome.exit_code < 0:
+        return f"The trainer was killed by signal {-outcome.exit_code}."
+    return f"The trainer ended with exit code {outcome.exit_code}."

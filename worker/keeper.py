@@ -1,0 +1,89 @@
+"""The heartbeat of an attempt: the lease in one direction, the tick in the other, on a thread of its own."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import structlog
+from sqlalchemy.exc import DBAPIError
+
+from tunery import leases
+from tunery.db import Sessions, transaction
+from tunery.leases import Fenced
+from tunery.settings import NodeSettings
+from tunery.states import StopReason
+from worker.patience import boottime
+from worker.workspace import Work
+
+log = structlog.get_logger(__name__)
+
+
+class Keeper:
+    """Renews the lease and says so. Owns its sessions, so that no slow write of anybody delays a renewal."""
+
+    def __init__(
+        self,
+        work: Work,
+        sessions: Sessions,
+        settings: NodeSettings,
+        *,
+        on_stop: Callable[[StopReason], None],
+        on_fenced: Callable[[], None],
+        tick: Callable[[], None],
+    ) -> None:
+        self._work, self._sessions, self._settings = work, sessions, settings
+        self._on_stop, self._on_fenced, self._tick = on_stop, on_fenced, tick
+        self._told: StopReason | None = None
+        self._wake = threading.Event()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def poke(self) -> None:
+        """Renew now: the reply may carry news. Safe in a signal handler."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._wake.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        heard = boottime()
+        next_renewal = next_tick = time.monotonic()
+        while not self._over.is_set():
+            now = time.monotonic()
+            if now >= next_tick:
+                self._tick()
+                next_tick = now + self._settings.tick_s
+            if now >= next_renewal or self._wake.is_set():
+                self._wake.clear()
+                if self._renew():
+                    heard = boottime()
+                elif boottime() - heard > self._settings.outage_grace_s:
+                    self._tell(StopReason.OUTAGE)
+                next_renewal = time.monotonic() + self._settings.renew_s
+            self._wake.wait(max(0.05, min(next_tick, next_renewal) - time.monotonic()))
+
+    def _renew(self) -> bool:
+        """True if the database answered. An answer of no rows means that the attempt is not ours any more."""
+        try:
+            with transaction(self._sessions) as session:
+                asked = leases.renew(session, self._work.attempt_id, self._work.fence, self._settings.lease_s)
+        except Fenced:
+            self._over.set()
+            self._on_fenced()
+            return True
+        except DBAPIError as error:
+            log.warning("could not renew; training goes on", error=str(error.orig).strip()[:200])
+            return False
+        if asked is not None:
+            self._tell(asked)
+        return True
+
+    def _tell(self, reason: StopReason) -> None:
+        if reason != self._told:
+            self._told = reason
+            self._on_stop(reason)

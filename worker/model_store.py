@@ -1,0 +1,51 @@
+"""Base models on this node's disk: brought from the object store once, hashed, then only read."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tunery.storage import Storage
+from worker import locks
+
+_DONE = "COMPLETE"
+
+
+def prefix(base_model_id: object) -> str:
+    """Where a base model's files lie in the object store."""
+    return f"a/base/{base_model_id}"
+
+
+def ensure(store: Path, storage: Storage, base_model_id: object, card: dict[str, Any]) -> Path:
+    """The model's folder, complete. Attempts that need the same model wait for one download.
+
+    Raises:
+        storage.CorruptObject: a file does not have the hash that the catalogue recorded.
+        errors.Unavailable: the object store does not answer.
+    """
+    folder = store / str(base_model_id)
+    if (folder / _DONE).exists():
+        return folder
+    with locks.take(store / f"{base_model_id}.lock", wait=True):
+        if (folder / _DONE).exists():
+            return folder
+        part = store / f"{base_model_id}.part"
+        part.mkdir(parents=True, exist_ok=True)
+        for file in card["files"]:
+            path = part / file["name"]
+            if not path.exists():  # what an earlier try finished is kept: a file appears only once its hash is right
+                path.parent.mkdir(parents=True, exist_ok=True)
+                storage.fetch(f"{prefix(base_model_id)}/{file['name']}", path, file["sha256"])
+        (part / _DONE).touch()
+        part.rename(folder)
+    return folder
+
+
+def adopt(store: Path, base_model_id: object, source: Path) -> None:
+    """Keep an import that was just made here: nothing needs to be downloaded on this node."""
+    with locks.take(store / f"{base_model_id}.lock", wait=True):
+        folder = store / str(base_model_id)
+        if folder.exists():
+            shutil.rmtree(source)
+            return
+        (source / _DONE).touch()
+        source.rename(folder)

@@ -1,0 +1,287 @@
+"""The node process: says that it lives, starts supervisors, runs tasks, and cleans up after whatever died.
+
+It holds nothing that a restart would lose. Supervisors outlive it: a restarted node finds them by the lock each of
+them holds, leaves the living alone and ends what is left of the dead.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import structlog
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from tunery import __version__, leases, nodes, tasks
+from tunery.db import Sessions, transaction
+from tunery.nodes import Assigned
+from tunery.settings import NodeSettings
+from tunery.states import AttemptState, FailureCode
+from tunery.storage import Storage
+from worker import inventory, locks, processes
+from worker.chores import Chores
+from worker.workspace import Workspace
+
+log = structlog.get_logger(__name__)
+
+_RESPAWN_S = 3.0
+
+
+class Replaced(Exception):
+    """Another process has registered under this node's id."""
+
+
+class Node:
+    """One host's worker. `run` returns when asked to stop, with every attempt of this node at rest."""
+
+    def __init__(self, node_id: uuid.UUID, settings: NodeSettings, sessions: Sessions, storage: Storage) -> None:
+        self._id, self._settings, self._sessions = node_id, settings, sessions
+        self._boot_id = uuid.uuid4()
+        self._attempts = settings.home / "attempts"
+        self._attempts.mkdir(parents=True, exist_ok=True)
+        self._supervisors: dict[str, subprocess.Popen[bytes]] = {}
+        self._chores = Chores(node_id, settings, sessions, storage)
+        self._pool = ThreadPoolExecutor(settings.cpu_task_slots, thread_name_prefix="task")
+        self._busy = threading.Semaphore(settings.cpu_task_slots)
+        self._bell, self._bell_path = _doorbell(settings.home)
+        self._ring: subprocess.Popen[bytes] | None = None
+        self._ring_after = 0.0
+        self._stopping = False
+
+    def run(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        self._persist_registration()
+        log.info("node up", node=str(self._id), home=str(self._settings.home))
+        while not self._stopping:
+            self._keep_ring()
+            try:
+                self._poll()
+            except DBAPIError as error:
+                log.warning("database trouble; running attempts go on", error=str(error.orig).strip()[:200])
+            self._wait(self._settings.poll_s)
+        self._drain()
+
+    # ---- one look around -------------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        with transaction(self._sessions) as session:
+            if not nodes.heartbeat(session, self._id, self._boot_id):
+                raise Replaced(str(self._id))
+            mine = nodes.assigned(session, self._id)
+            unreleased = nodes.unreleased(session, self._id)
+        self._reap()
+        for attempt in mine:
+            self._look_after(attempt)
+        for attempt_id in unreleased:
+            self._free(attempt_id)
+        self._take_tasks()
+
+    def _look_after(self, attempt: Assigned) -> None:
+        name = str(attempt.attempt_id)
+        alive = name in self._supervisors or locks.is_taken(self._lock(name))
+        if attempt.state is AttemptState.ASSIGNED:
+            if not alive:
+                self._supervise(name)
+        elif alive:
+            self._poke(name)
+        else:
+            self._bury(attempt.attempt_id)
+
+    def _supervise(self, attempt_id: str) -> None:
+        with (self._attempts / f"{attempt_id}.log").open("ab") as out:
+            self._supervisors[attempt_id] = subprocess.Popen(
+                [sys.executable, "-m", "worker.supervisor", attempt_id],
+                env=os.environ | {"TUNERY_NODE_ID": str(self._id)},
+                cwd=Path(__file__).parent.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,  # it outlives us
+            )
+        log.info("supervisor started", attempt=attempt_id, pid=self._supervisors[attempt_id].pid)
+
+    def _poke(self, attempt_id: str) -> None:
+        """Ask a supervisor to renew now: a cancel or a pause may be waiting for it."""
+        pid = self._supervisor_pid(attempt_id)
+        if pid is not None and self._rung:
+            _signal(pid, signal.SIGUSR1)
+
+    def _bury(self, attempt_id: uuid.UUID) -> None:
+        """The supervisor died: end whatever it left behind, then say so, and the job goes on at once."""
+        name = str(attempt_id)
+        if not processes.end_all(name):
+            log.error("a trainer would not die; its device stays reserved", attempt=name)
+            return
+        with transaction(self._sessions) as session:
+            leases.abandon(session, attempt_id, FailureCode.WORKER_LOST, "The attempt's supervisor died.")
+        self._clear(name)
+        log.warning("supervisor was dead", attempt=name)
+
+    def _free(self, attempt_id: uuid.UUID) -> None:
+        """The attempt has ended elsewhere; its devices are free once nothing of it runs here."""
+        name = str(attempt_id)
+        if locks.is_taken(self._lock(name)):
+            self._poke(name)  # it will find itself fenced
+            return
+        if processes.end_all(name):
+            with transaction(self._sessions) as session:
+                leases.release(session, attempt_id)
+            self._clear(name)
+
+    def _take_tasks(self) -> None:
+        while not self._stopping and self._busy.acquire(blocking=False):
+            with transaction(self._sessions) as session:
+                lease = tasks.claim(session, self._id, self._settings.lease_s)
+            if lease is None:
+                self._busy.release()
+                return
+            self._pool.submit(self._chores.run, lease).add_done_callback(lambda _: self._after_task())
+
+    def _after_task(self) -> None:
+        self._busy.release()
+        self._wake()
+
+    # ---- start and end -----------------------------------------------------------------------------------------
+
+    def _persist_registration(self) -> None:
+        """Register, waiting for a database that is not there yet; then end what an earlier life left behind."""
+        while not self._stopping:
+            try:
+                with transaction(self._sessions) as session:
+                    self._register(session)
+                    tasks.give_back(session, self._id)
+                break
+            except DBAPIError as error:
+                log.warning("cannot register yet", error=str(error.orig).strip()[:200])
+                self._wait(1)
+        for name in processes.all_marked():
+            if self._lock(name).exists() and not locks.is_taken(self._lock(name)):
+                processes.end_all(name)
+
+    def _register(self, session: Session) -> None:
+        devices = inventory.devices()
+        nodes.register(
+            session,
+            self._id,
+            name=self._settings.node_name,
+            boot_id=self._boot_id,
+            devices=devices,
+            slots=len(devices),
+            task_slots=self._settings.cpu_task_slots,
+            version=__version__,
+            info={"host": socket.gethostname(), "trainer_isolated": False, "network_isolated": False},
+        )
+
+    def _drain(self) -> None:
+        """Every supervisor checkpoints and gives its job back to the queue; then we go."""
+        names = [path.stem for path in self._attempts.glob("*.lock") if locks.is_taken(path)]
+        for name in names:
+            if (pid := self._supervisor_pid(name)) is not None:
+                _signal(pid, signal.SIGTERM)
+        log.info("draining", attempts=len(names))
+        deadline = time.monotonic() + self._settings.stop_grace_s + 30
+        while time.monotonic() < deadline and any(locks.is_taken(self._lock(name)) for name in names):
+            self._reap()
+            time.sleep(0.1)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._ring is not None:
+            self._ring.terminate()
+        with transaction(self._sessions) as session:
+            tasks.give_back(session, self._id)
+        Path(self._bell_path).unlink(missing_ok=True)
+        log.info("node down")
+
+    def _keep_ring(self) -> None:
+        """One RQ worker. When Redis is away it ends, and is started again a little later."""
+        if self._ring is not None and self._ring.poll() is None:
+            return
+        if time.monotonic() < self._ring_after:
+            return
+        self._ring_after = time.monotonic() + _RESPAWN_S
+        more = {
+            "TUNERY_NODE_ID": str(self._id),
+            "TUNERY_NODE_SOCKET": self._bell_path,
+            "TUNERY_NODE_PID": str(os.getpid()),
+        }
+        keep = {
+            name: value for name, value in os.environ.items() if not name.startswith(("TUNERY_S3", "TUNERY_DATABASE"))
+        }
+        self._ring = subprocess.Popen(
+            [sys.executable, "-m", "worker.ring"],
+            env=keep | more,
+            cwd=Path(__file__).parent.parent,
+            stdin=subprocess.DEVNULL,
+        )
+
+    # ---- helpers ---------------------------------------------------------------------------------------------
+
+    _rung = False
+
+    def _wait(self, seconds: float) -> None:
+        """Until the bell rings, at most so long. Whatever was rung meanwhile is answered by one look."""
+        self._bell.settimeout(seconds)
+        try:
+            self._bell.recv(200)
+            self._rung = True
+            self._bell.setblocking(False)
+            while self._bell.recv(200):
+                pass
+        except TimeoutError:
+            self._rung = False
+        except BlockingIOError:
+            pass
+
+    def _wake(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bell:
+            try:
+                bell.sendto(b"wake", self._bell_path)
+            except OSError:
+                pass
+
+    def _on_signal(self, _number: int, _frame: object) -> None:
+        self._stopping = True
+        self._wake()
+
+    def _reap(self) -> None:
+        ended = [name for name, process in self._supervisors.items() if process.poll() is not None]
+        for name in ended:
+            del self._supervisors[name]
+
+    def _lock(self, attempt_id: str) -> Path:
+        return self._attempts / f"{attempt_id}.lock"
+
+    def _supervisor_pid(self, attempt_id: str) -> int | None:
+        try:
+            return int(self._lock(attempt_id).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _clear(self, attempt_id: str) -> None:
+        Workspace(self._attempts / attempt_id).remove()
+        self._lock(attempt_id).unlink(missing_ok=True)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def _doorbell(home: Path) -> tuple[socket.socket, str]:
+    path = home / "node.sock"
+    if len(str(path).encode()) > 100:  # sockaddr_un holds 108 bytes
+        path = Path(f"/tmp/tunery-node-{os.getpid()}.sock")  # noqa: S108 - 0600, and only a wake-up passes through it
+    path.unlink(missing_ok=True)
+    bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    bell.bind(str(path))
+    path.chmod(0o600)
+    return bell, str(path)

@@ -1,0 +1,89 @@
+"""Events on their way to Postgres: batched, in order, kept while the database is away."""
+
+import threading
+from collections import deque
+
+import structlog
+from sqlalchemy.exc import DBAPIError
+
+from tunery import progress
+from tunery.contracts.events import DROPPABLE, Event
+from tunery.db import Sessions, transaction
+from tunery.leases import Fenced
+from worker.patience import OutageTooLong, passing, persist
+from worker.workspace import Work
+
+log = structlog.get_logger(__name__)
+
+_EVERY_S = 0.5
+_BATCH = 1000
+_CAPACITY = 50_000
+"""Events kept through an outage; above it metrics go first, oldest first."""
+
+
+class Recorder:
+    def __init__(self, work: Work, sessions: Sessions) -> None:
+        self._work, self._sessions = work, sessions
+        self._waiting: deque[Event] = deque()
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        self._over = threading.Event()
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def add(self, event: Event) -> None:
+        with self._lock:
+            if len(self._waiting) >= _CAPACITY:
+                self._make_room()
+            self._waiting.append(event)
+
+    def finish(self, grace_s: float) -> None:
+        """Write what is left. Raises Fenced or OutageTooLong."""
+        self._over.set()
+        self._thread.join(timeout=60)
+        while self._waiting:
+            persist("storing events", self._flush, grace_s)
+
+    def _run(self) -> None:
+        while not self._over.wait(_EVERY_S):
+            try:
+                self._flush()
+            except Fenced:
+                return  # the keeper finds out for itself, and acts
+            except DBAPIError as error:
+                if not passing(error):
+                    log.exception("an event batch was refused")
+                    self._skip_batch()
+                self._over.wait(1)
+            except OutageTooLong:
+                return
+
+    def _flush(self) -> None:
+        with self._writing:
+            with self._lock:
+                batch = [self._waiting[index] for index in range(min(_BATCH, len(self._waiting)))]
+            if not batch:
+                return
+            with transaction(self._sessions) as session:
+                progress.ingest(session, self._work.attempt_id, self._work.fence, batch)
+            with self._lock:
+                written = {event.seq for event in batch}
+                while self._waiting and self._waiting[0].seq in written:
+                    self._waiting.popleft()
+
+    def _skip_batch(self) -> None:
+        """A batch that Postgres will never take must not hold back the ones behind it."""
+        with self._lock:
+            for _ in range(min(_BATCH, len(self._waiting))):
+                self._waiting.popleft()
+                self.dropped += 1
+
+    def _make_room(self) -> None:
+        for index, event in enumerate(self._waiting):
+            if isinstance(event, DROPPABLE):
+                del self._waiting[index]
+                self.dropped += 1
+                return

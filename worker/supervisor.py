@@ -1,0 +1,267 @@
+"""One process per attempt: `python -m worker.supervisor <attempt id>`. It outlives the node process.
+
+    claim -> workspace -> trainer -> events, checkpoints, logs -> outcome -> publish -> end
+
+The main thread owns the trainer and decides; the keeper renews, the recorder writes events, two uploaders store
+checkpoints and logs. They talk to the main thread through one queue.
+"""
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import structlog
+from pydantic import ValidationError
+
+from tunery.contracts.channel import LineTooLong, read_lines, send_line
+from tunery.contracts.events import EVENTS, OUTCOMES, Checkpoint, Command, Event, Failed, Stop, Stored, Tick
+from tunery.db import Sessions, make_engine, make_sessions, refuse_privileged_role, transaction
+from tunery.errors import Unavailable
+from tunery.leases import Fenced
+from tunery.settings import NodeSettings
+from tunery.states import FailureCode, StopReason
+from tunery.storage import CorruptObject, Storage
+from tunery.telemetry import configure_logs
+from worker import locks, processes, trainers
+from worker.claiming import claim
+from worker.ending import Ending, NoOutcome
+from worker.keeper import Keeper
+from worker.patience import OutageTooLong, persist
+from worker.recorder import Recorder
+from worker.uploads import CheckpointUploads, LogUploads
+from worker.workspace import Work, Workspace
+
+log = structlog.get_logger(__name__)
+
+_CANCEL_GRACE_S = 20
+_HANG_S = 1800
+"""A trainer that says nothing at all for so long is hung. Loading a large model from a cold disk takes minutes."""
+
+Said = Event | StopReason | type[Fenced] | type[EOFError]
+
+
+class Supervisor:
+    """Runs one claimed attempt to its end."""
+
+    def __init__(
+        self, work: Work, workspace: Workspace, storage: Storage, sessions: Sessions, settings: NodeSettings
+    ) -> None:
+        self._work, self._workspace, self._storage = work, workspace, storage
+        self._sessions, self._settings = sessions, settings
+        self._inbox: queue.Queue[Said] = queue.Queue(maxsize=10_000)
+        self._trainer = trainers.choose(work, workspace, settings.trainer_module, settings.trainer_threads)
+        # renewals must not wait behind anybody's slow statement
+        own = make_engine(settings.database_url.get_secret_value(), pool_size=1, statement_timeout_s=5)
+        self._keeper = Keeper(
+            work,
+            make_sessions(own, node_id=sessions.kw["info"]["node_id"]),
+            settings,
+            on_stop=self._inbox.put,
+            on_fenced=lambda: self._inbox.put(Fenced),
+            tick=lambda: self._tell(Tick()),
+        )
+        self._recorder = Recorder(work, sessions)
+        self._checkpoints = CheckpointUploads(
+            work, storage, sessions, settings, lambda step: self._tell(Stored(step=step))
+        )
+        self._logs = LogUploads(work, workspace, storage, sessions, settings)
+        self._connection: socket.socket | None = None
+        self._telling = threading.Lock()
+        self._fenced = False
+        self._stop: StopReason | None = None
+        self._kill_at: float | None = None
+
+    def run(self) -> None:
+        """Everything between the claim and the end of the attempt. Never raises: every path ends somewhere."""
+        signal.signal(signal.SIGTERM, lambda *_: self._inbox.put_nowait(StopReason.SHUTDOWN))
+        signal.signal(signal.SIGUSR1, lambda *_: self._keeper.poke())
+        ending = Ending(self._work, self._workspace, self._storage, self._sessions, self._settings)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._keeper.start()
+            if (failed := self._prepare()) is not None:
+                ending.fail(*failed)
+                return
+            listener.bind(str(self._workspace.socket))
+            self._workspace.socket.chmod(0o600)
+            listener.listen(1)
+            self._trainer.start()
+            threading.Thread(target=self._listen, args=(listener,), name="listener", daemon=True).start()
+            for helper in (self._recorder, self._checkpoints, self._logs):
+                helper.start()
+            outcome = self._watch()
+            gone = self._trainer.end()
+            if self._fenced:
+                self._checkpoints.finish(abandon=True)
+                log.warning("fenced; the attempt belongs to somebody else now")
+                return
+            self._checkpoints.finish()
+            self._recorder.finish(self._settings.outage_grace_s)
+            self._logs.finish()
+            ending.settle(outcome, self._stop, trainer_gone=gone)
+        except Fenced:
+            log.warning("fenced while ending; nothing more to do")
+        except OutageTooLong:
+            log.error("a server stayed away too long; the lease runs out and the job goes on elsewhere")
+        except OSError as error:
+            ending.fail(self._trainer.lost, f"The trainer could not be started: {error}")
+        finally:
+            self._trainer.end()
+            self._keeper.stop()
+            listener.close()
+            self._workspace.remove()
+
+    def _prepare(self) -> tuple[FailureCode, str] | None:
+        """Build the workspace, waiting out storage outages. A failure code and message if that is not to be."""
+        store = self._settings.model_store or self._settings.home / "models"
+        try:
+            persist(
+                "fetching the inputs",
+                lambda: self._workspace.build(self._work, self._storage, store),
+                self._settings.outage_grace_s,
+            )
+        except (CorruptObject, KeyError) as error:
+            resumed = self._work.resume is not None and self._work.resume.prefix in str(error)
+            return (FailureCode.CORRUPT_CHECKPOINT if resumed else FailureCode.CORRUPT_ARTIFACT), str(error)
+        except Unavailable as error:
+            return FailureCode.STORAGE_UNAVAILABLE, error.message
+        except OSError as error:
+            return FailureCode.DISK_FULL, f"The workspace could not be written: {error.strerror}"
+        return None
+
+    def _listen(self, listener: socket.socket) -> None:
+        """Accept the trainer and pass on what it says. The bounded inbox makes a flood wait in the socket."""
+        try:
+            self._connection, _ = listener.accept()
+            for line in read_lines(self._connection):
+                self._inbox.put(EVENTS.validate_json(line))
+        except OSError:
+            pass  # closed because the attempt is over
+        except (LineTooLong, ValidationError) as error:
+            log.error("the trainer broke the protocol", error=str(error)[:500])
+            self._inbox.put(Failed(code=FailureCode.INTERNAL, message="The trainer sent a line that is no event."))
+        self._inbox.put(EOFError)
+
+    def _watch(self) -> Event | NoOutcome:
+        """Until the trainer has said how it ended, or is gone, or has to go."""
+        heard = time.monotonic()
+        while True:
+            try:
+                said = self._inbox.get(timeout=1)
+            except queue.Empty:
+                if (code := self._trainer.exit_code()) is not None:
+                    return self._drain(NoOutcome(code, self._trainer.lost))
+                if self._kill_at is not None and time.monotonic() > self._kill_at:
+                    return NoOutcome(None, self._trainer.lost)
+                if time.monotonic() - heard > _HANG_S:
+                    return NoOutcome(None, FailureCode.TRAINER_HUNG)
+                continue
+            if said is Fenced:
+                self._fenced = True
+                self._tell(Stop(reason=StopReason.FENCED, checkpoint=False, deadline_s=0))
+                return NoOutcome(None, self._trainer.lost)
+            if said is EOFError:
+                return self._drain(NoOutcome(self._wait_for_exit(), self._trainer.lost))
+            if isinstance(said, StopReason):
+                self._ask_to_stop(said)
+                continue
+            heard = time.monotonic()
+            assert not isinstance(said, type)
+            self._hear(said)
+            if isinstance(said, OUTCOMES):
+                return said
+
+    def _hear(self, event: Event) -> None:
+        self._recorder.add(event)
+        if isinstance(event, Checkpoint):
+            self._checkpoints.add(event)
+
+    def _drain(self, otherwise: NoOutcome) -> Event | NoOutcome:
+        """A process may be gone before its last lines were read."""
+        while True:
+            try:
+                said = self._inbox.get(timeout=0.5)
+            except queue.Empty:
+                return otherwise
+            if isinstance(said, type | StopReason):
+                continue
+            self._hear(said)
+            if isinstance(said, OUTCOMES):
+                return said
+
+    def _wait_for_exit(self) -> int | None:
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            if (code := self._trainer.exit_code()) is not None:
+                return code
+            time.sleep(0.05)
+        return None
+
+    def _ask_to_stop(self, reason: StopReason) -> None:
+        if self._stop is StopReason.CANCEL:
+            return  # nothing is more urgent
+        self._stop = reason
+        cancelled = reason is StopReason.CANCEL
+        grace = min(_CANCEL_GRACE_S, self._settings.stop_grace_s) if cancelled else self._settings.stop_grace_s
+        self._kill_at = time.monotonic() + grace
+        log.info("asking the trainer to stop", reason=reason, grace_s=grace)
+        self._tell(Stop(reason=reason, checkpoint=not cancelled, deadline_s=grace))
+
+    def _tell(self, command: Command) -> None:
+        connection = self._connection
+        if connection is None:
+            # a trainer that has not connected yet hears of a stop as soon as it has: see below
+            if isinstance(command, Stop):
+                threading.Timer(0.2, self._tell, args=(command,)).start()
+            return
+        try:
+            with self._telling:
+                send_line(connection, command)
+        except OSError:
+            pass  # its end is noticed by the reader
+
+
+def main(attempt: str) -> int:
+    configure_logs("supervisor")
+    structlog.contextvars.bind_contextvars(attempt=attempt)
+    settings = NodeSettings()  # type: ignore[call-arg] - from the environment
+    node_id = uuid.UUID(os.environ["TUNERY_NODE_ID"])
+    root = settings.home / "attempts" / attempt
+    try:
+        lock = locks.take(root.with_suffix(".lock"))
+    except locks.Taken:
+        log.info("another supervisor has this attempt")
+        return 0
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    processes.become_subreaper()
+    engine = make_engine(settings.database_url.get_secret_value(), pool_size=3)
+    refuse_privileged_role(engine)
+    sessions = make_sessions(engine, node_id=node_id)
+    claimed_by = f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
+    work = persist("claiming", lambda: _claim(sessions, attempt, claimed_by, settings), settings.claim_timeout_s)
+    if work is None:
+        log.info("nothing to claim")
+    else:
+        structlog.contextvars.bind_contextvars(job=str(work.job_id), no=work.attempt_no, fence=work.fence)
+        log.info("claimed", start_step=work.start_step)
+        Supervisor(work, Workspace(root), Storage(settings), sessions, settings).run()
+        log.info("over")
+    Path(lock.name).unlink(missing_ok=True)
+    return 0
+
+
+def _claim(sessions: Sessions, attempt: str, claimed_by: str, settings: NodeSettings) -> Work | None:
+    with transaction(sessions) as session:
+        return claim(session, uuid.UUID(attempt), claimed_by, settings.lease_s)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

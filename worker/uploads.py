@@ -1,0 +1,153 @@
+"""Checkpoints and logs on their way to the object store, while training goes on."""
+
+import queue
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+from sqlalchemy.exc import DBAPIError
+
+from tunery import attempt_logs, progress
+from tunery.contracts.events import Checkpoint, FileEntry
+from tunery.db import Sessions, transaction
+from tunery.errors import Unavailable
+from tunery.leases import Fenced
+from tunery.settings import NodeSettings
+from tunery.storage import CorruptObject, Storage
+from worker.patience import OutageTooLong, persist
+from worker.workspace import Work, Workspace
+
+log = structlog.get_logger(__name__)
+
+STORAGE_GRACE_S = 1800
+"""A finished attempt waits so long for the object store before it gives up."""
+
+
+def prefix(work: Work) -> str:
+    """Below this an attempt may write."""
+    return f"a/{work.project_id}/{work.attempt_id}"
+
+
+class CheckpointUploads:
+    """One at a time, in order. A stored checkpoint is announced, then removed from the disk."""
+
+    def __init__(
+        self, work: Work, storage: Storage, sessions: Sessions, settings: NodeSettings, on_stored: Callable[[int], None]
+    ) -> None:
+        self._work, self._storage, self._sessions, self._settings = work, storage, sessions, settings
+        self._on_stored = on_stored
+        self._waiting: queue.Queue[Checkpoint | None] = queue.Queue()
+        self._abort = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def add(self, said: Checkpoint) -> None:
+        self._waiting.put(said)
+
+    def finish(self, *, abandon: bool = False) -> None:
+        """Wait until everything said so far is stored; or, when the attempt is not ours any more, do not."""
+        if abandon:
+            self._abort.set()
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (said := self._waiting.get()) is not None:
+            if self._abort.is_set():
+                continue
+            try:
+                self._store(said)
+            except Fenced:
+                return
+            except (OutageTooLong, CorruptObject, OSError, DBAPIError) as error:
+                log.warning("checkpoint not stored", step=said.step, error=str(error)[:200])
+
+    def _store(self, said: Checkpoint) -> None:
+        folder, key = Path(said.path), f"{prefix(self._work)}/checkpoints/step-{said.step}"
+        upload(self._storage, folder, said.files, key, self._settings.outage_grace_s, self._abort)
+
+        def record() -> None:
+            with transaction(self._sessions) as session:
+                progress.store_checkpoint(session, self._work.attempt_id, self._work.fence, said, key, said.files)
+
+        persist("recording a checkpoint", record, self._settings.outage_grace_s, self._abort)
+        self._on_stored(said.step)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def upload(
+    storage: Storage,
+    folder: Path,
+    files: list[FileEntry],
+    key: str,
+    grace_s: float,
+    stop: threading.Event | None = None,
+) -> None:
+    """Store files below `key`, each read back and compared.
+
+    Raises:
+        CorruptObject: the store returned other bytes than it was given.
+        OutageTooLong: the store stayed away for `grace_s`.
+    """
+    for file in files:
+        path = (folder / file.name).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise CorruptObject(f"'{file.name}' lies outside its folder")
+        persist(
+            f"storing {file.name}",
+            lambda path=path, file=file: storage.put_verified(f"{key}/{file.name}", path, file.sha256),
+            grace_s,
+            stop,
+        )
+
+
+class LogUploads:
+    """The trainer's log in chunks, each an object named by its offset; capped, and outliving the workspace."""
+
+    def __init__(
+        self, work: Work, workspace: Workspace, storage: Storage, sessions: Sessions, settings: NodeSettings
+    ) -> None:
+        self._work, self._log, self._storage = work, workspace.log, storage
+        self._sessions, self._settings = sessions, settings
+        self._sent = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="logs", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def finish(self) -> None:
+        self._over.set()
+        self._thread.join()
+        self._ship()
+
+    def _run(self) -> None:
+        while not self._over.wait(self._settings.log_chunk_s):
+            self._ship()
+
+    def _ship(self) -> None:
+        """Best effort: a log that cannot be stored now is tried again with the next chunk."""
+        try:
+            room = self._settings.max_log_bytes - self._sent
+            if room <= 0 or not self._log.exists():
+                return
+            with self._log.open("rb") as stream:
+                stream.seek(self._sent)
+                chunk = stream.read(min(room, 4 * 1024 * 1024))
+            if not chunk:
+                return
+            self._storage.put_bytes(
+                attempt_logs.chunk_key(self._work.project_id, self._work.attempt_id, self._sent), chunk
+            )
+            with transaction(self._sessions) as session:
+                size = self._sent + len(chunk)
+                attempt_logs.note_size(session, self._work.attempt_id, self._work.fence, size)
+            self._sent += len(chunk)
+        except Fenced:
+            self._over.set()
+        except (Unavailable, DBAPIError, OSError) as error:
+            log.warning("log chunk not stored", error=str(error)[:200])

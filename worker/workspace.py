@@ -1,0 +1,138 @@
+"""One attempt's folder: its rows, its spec, its checkpoint to continue from. Gone when the attempt is."""
+
+import shutil
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunery import __version__, ids
+from tunery.contracts.spec import BaseModelRef, DataRef, Lineage, Recipe, TrainingSpec
+from tunery.storage import Storage
+from worker import model_store
+
+_MAX_SOCKET_PATH = 100
+"""sockaddr_un holds 108 bytes on Linux."""
+
+
+@dataclass(frozen=True)
+class StoredFiles:
+    """Objects below a prefix, with the hashes that the database recorded."""
+
+    prefix: str
+    files: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything a supervisor read about its attempt when it claimed it."""
+
+    attempt_id: uuid.UUID
+    attempt_no: int
+    fence: int
+    job_id: uuid.UUID
+    project_id: uuid.UUID
+    recipe: Recipe
+    model_name: str
+    base_id: uuid.UUID
+    base: dict[str, Any]
+    """The catalogue's card, with `name`."""
+    train: tuple[str, str]
+    """Object key and sha256 of the checked rows."""
+    validation: tuple[str, str] | None
+    training_file: uuid.UUID
+    validation_file: uuid.UUID | None
+    resume: StoredFiles | None
+    start_step: int
+    platform: dict[str, Any]
+    devices: tuple[tuple[str, str], ...]
+    """Kind and driver UUID of each device."""
+    engine_socket: str | None
+
+
+class Workspace:
+    """Paths of one attempt's folder, and making and removing it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.spec = root / "spec.json"
+        self.log = root / "trainer.log"
+        self.checkpoints = root / "checkpoints"
+        self.output = root / "output"
+        self.socket, self._socket_folder = _socket_path(root)
+
+    def build(self, work: Work, storage: Storage, store: Path) -> None:
+        """Fetch what the attempt needs and write its spec.
+
+        Raises:
+            storage.CorruptObject, errors.Unavailable, OSError (a full disk).
+        """
+        for folder in ("data", "checkpoints", "tmp"):
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        train = self._rows(storage, "train", work.train)
+        validation = self._rows(storage, "valid", work.validation) if work.validation else None
+        base = model_store.ensure(store, storage, work.base_id, work.base)
+        resume = self._checkpoint(storage, work) if work.resume else None
+        spec = TrainingSpec(
+            socket=str(self.socket),
+            base=BaseModelRef(path=str(base), **{name: work.base[name] for name in _BASE_FIELDS}),
+            data=DataRef(
+                train=str(train),
+                validation=str(validation) if validation else None,
+                train_sha256=work.train[1],
+                validation_sha256=work.validation[1] if work.validation else None,
+            ),
+            recipe=work.recipe,
+            lineage=_lineage(work),
+            resume=str(resume) if resume else None,
+            checkpoints=str(self.checkpoints),
+            output=str(self.output),
+        )
+        self.spec.write_text(spec.model_dump_json(indent=2))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+        if self._socket_folder is not None:
+            shutil.rmtree(self._socket_folder, ignore_errors=True)
+
+    def _rows(self, storage: Storage, name: str, stored: tuple[str, str]) -> Path:
+        path = self.root / "data" / f"{name}.jsonl"
+        storage.fetch(stored[0], path, stored[1])
+        return path
+
+    def _checkpoint(self, storage: Storage, work: Work) -> Path:
+        folder = self.root / "resume"
+        assert work.resume is not None
+        for file in work.resume.files:
+            path = folder / file["name"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            storage.fetch(f"{work.resume.prefix}/{file['name']}", path, file["sha256"])
+        return folder
+
+
+_BASE_FIELDS = ("name", "hub_id", "revision", "source", "license", "parameters")
+
+
+def _lineage(work: Work) -> Lineage:
+    return Lineage(
+        project_id=ids.encode(ids.PROJECT, work.project_id),
+        job_id=ids.encode(ids.JOB, work.job_id),
+        attempt_id=ids.encode(ids.ATTEMPT, work.attempt_id),
+        attempt_no=work.attempt_no,
+        model_name=work.model_name,
+        training_file=ids.encode(ids.FILE, work.training_file),
+        validation_file=ids.encode(ids.FILE, work.validation_file) if work.validation_file else None,
+        tunery_version=work.platform.get("tunery") or __version__,
+        lock_sha256=work.platform.get("lock_sha256"),
+        image=work.platform.get("image"),
+    )
+
+
+def _socket_path(root: Path) -> tuple[Path, Path | None]:
+    """Inside the workspace where its path is short enough, else in a folder of its own under the temporary one."""
+    path = root / "trainer.sock"
+    if len(str(path).encode()) <= _MAX_SOCKET_PATH:
+        return path, None
+    folder = Path(tempfile.mkdtemp(prefix="tunery-"))
+    return folder / "s", folder
