@@ -154,6 +154,9 @@ class Secrets:
     def get(self, name: str) -> str | None:
         return _read_json(self.path).get(name)
 
+    def all(self) -> dict[str, str]:
+        return _read_json(self.path)
+
     def made(self, name: str, size: int = 32) -> str:
         """The secret of that name, made at first use. URL-safe, so that it stands in a URL as it is."""
         if (found := self.get(name)) is not None:
