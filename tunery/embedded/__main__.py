@@ -15,6 +15,7 @@ from tunery.embedded.console import Console, Tail
 from tunery.embedded.home import CHECKOUT, AlreadyRunning, Home, default_home
 from tunery.embedded.identity import run_as
 from tunery.embedded.problems import Refused
+from tunery.embedded.programs import import_path
 from tunery.embedded.servers import External
 
 _LOG_NAMES = (*status.SERVICES, "up")
@@ -59,7 +60,7 @@ def _detach(home: Home, api_port: int, programs: Path) -> int:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     argv = [sys.executable, "-P", "-m", "tunery.embedded", "up", "--detached-child", "--port", str(api_port)]
     argv += ["--programs", str(programs)]
-    environment = os.environ | {"TUNERY_HOME": str(home.root), "PYTHONPATH": str(CHECKOUT)}
+    environment = os.environ | {"TUNERY_HOME": str(home.root), "PYTHONPATH": import_path()}
     started = subprocess.Popen(
         argv,
         env=environment,

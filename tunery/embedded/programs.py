@@ -92,5 +92,10 @@ def _inherited(folder: Path) -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in _SECRET_NAMES and not name.startswith(("TUNERY_S3_", "TUNERY_ADMIN_"))
     }
-    path = dict.fromkeys((str(folder), str(CHECKOUT)))  # ordered, and once each
-    return kept | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+    return kept | {"PYTHONPATH": import_path(folder), "PYTHONUNBUFFERED": "1"}
+
+
+def import_path(folder: Path = CHECKOUT) -> str:
+    """The programs' folder and the package's before what the user has; each once."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(filter(None, dict.fromkeys((str(folder), str(CHECKOUT), *given))))
