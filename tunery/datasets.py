@@ -12,8 +12,10 @@ from typing import Any, BinaryIO
 
 import msgspec
 from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from tunery.ids import uuid7
 from tunery.models import Dataset
 
 CHECKER = "1"
@@ -257,12 +259,20 @@ def record(
     size: int,
     report: Report,
 ) -> Dataset:
-    """Remember checked rows; of two tasks that checked the same bytes, the first one's stay."""
-    if (known := find(session, project_id, source_sha256)) is not None:
-        return known
-    dataset = Dataset(project_id=project_id, source_sha256=source_sha256, checker=CHECKER, sha256=sha256)
-    dataset.object_key, dataset.bytes, dataset.rows = object_key, size, report.rows
-    dataset.shape, dataset.max_row_bytes = report.shape or "", report.max_row_bytes
-    session.add(dataset)
-    session.flush()
-    return dataset
+    """Remember checked rows; of two tasks that checked the same bytes at once, the first one's stay."""
+    made = insert(Dataset).values(
+        id=uuid7(),
+        project_id=project_id,
+        source_sha256=source_sha256,
+        checker=CHECKER,
+        sha256=sha256,
+        object_key=object_key,
+        bytes=size,
+        rows=report.rows,
+        shape=report.shape,
+        max_row_bytes=report.max_row_bytes,
+    )
+    session.execute(made.on_conflict_do_nothing(index_elements=["project_id", "source_sha256", "checker"]))
+    known = find(session, project_id, source_sha256)
+    assert known is not None, "inserted, or there before"
+    return known

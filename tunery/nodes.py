@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import case, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -47,7 +47,10 @@ def register(
     """Write down what this node is, at every start of its process. A device that is gone becomes `absent`."""
     node = {"name": name, "boot_id": boot_id, "task_slots": task_slots, "version": version, "info": info}
     fresh = insert(Node).values(id=node_id, state="up", **node)
-    session.execute(fresh.on_conflict_do_update(index_elements=["id"], set_=node | {"last_seen_at": func.now()}))
+    # a cordoned node stays cordoned through a restart; only one that went down comes up
+    state = case((Node.state == "down", "up"), else_=Node.state)
+    renewed = node | {"last_seen_at": func.now(), "state": state}
+    session.execute(fresh.on_conflict_do_update(index_elements=["id"], set_=renewed))
     known = {gpu.uuid: gpu for gpu in session.scalars(select(Gpu).where(Gpu.node_id == node_id).with_for_update())}
     for device in devices:
         gpu = known.pop(device.uuid, None)
@@ -69,6 +72,11 @@ def heartbeat(session: Session, node_id: uuid.UUID, boot_id: uuid.UUID) -> bool:
     mine = (Node.id == node_id, Node.boot_id == boot_id)
     found = session.execute(update(Node).where(*mine).values(last_seen_at=func.now()).returning(Node.id))
     return found.first() is not None
+
+
+def go_down(session: Session, node_id: uuid.UUID) -> None:
+    """This node stops: nothing more is assigned to it."""
+    session.execute(update(Node).where(Node.id == node_id, Node.state == "up").values(state="down"))
 
 
 def assigned(session: Session, node_id: uuid.UUID) -> list[Assigned]:

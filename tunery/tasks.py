@@ -56,8 +56,8 @@ def claim(session: Session, node_id: uuid.UUID, lease_s: float) -> Lease | None:
     task = session.scalar(waiting.with_for_update(skip_locked=True))
     if task is None:
         return None
-    task.state, task.node_id, task.tries = "leased", node_id, task.tries + 1
     task.fence = session.scalar(select(fence_seq.next_value())) or 0
+    task.state, task.node_id, task.tries = "leased", node_id, task.tries + 1
     task.lease_expires_at = func.now() + timedelta(seconds=lease_s)
     return Lease(
         task.id, task.kind, task.project_id, task.job_id, task.base_model_id, task.payload, task.fence, task.tries

@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -138,10 +139,14 @@ class Node:
 
     def _take_tasks(self) -> None:
         while not self._stopping and self._busy.acquire(blocking=False):
-            with transaction(self._sessions) as session:
-                lease = tasks.claim(session, self._id, self._settings.lease_s)
+            lease = None
+            try:
+                with transaction(self._sessions) as session:
+                    lease = tasks.claim(session, self._id, self._settings.lease_s)
+            finally:
+                if lease is None:
+                    self._busy.release()
             if lease is None:
-                self._busy.release()
                 return
             self._pool.submit(self._chores.run, lease).add_done_callback(lambda _: self._after_task())
 
@@ -182,6 +187,8 @@ class Node:
 
     def _drain(self) -> None:
         """Every supervisor checkpoints and gives its job back to the queue; then we go."""
+        with suppress(DBAPIError), transaction(self._sessions) as session:
+            nodes.go_down(session, self._id)
         names = [path.stem for path in self._attempts.glob("*.lock") if locks.is_taken(path)]
         for name in names:
             if (pid := self._supervisor_pid(name)) is not None:
@@ -194,7 +201,7 @@ class Node:
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._ring is not None:
             self._ring.terminate()
-        with transaction(self._sessions) as session:
+        with suppress(DBAPIError), transaction(self._sessions) as session:
             tasks.give_back(session, self._id)
         Path(self._bell_path).unlink(missing_ok=True)
         log.info("node down")
