@@ -116,6 +116,18 @@ def of_job(session: Session, project_id: uuid.UUID, job_id: uuid.UUID) -> tuple[
     return (row[0], row[1]) if row else None
 
 
+def of_jobs(
+    session: Session, project_id: uuid.UUID, job_ids: Sequence[uuid.UUID]
+) -> dict[uuid.UUID, tuple[AdapterVersion, str]]:
+    """What several jobs published, and their adapters' names."""
+    query = (
+        select(AdapterVersion, Adapter.name)
+        .join(Adapter, Adapter.id == AdapterVersion.adapter_id)
+        .where(AdapterVersion.project_id == project_id, AdapterVersion.job_id.in_(job_ids))
+    )
+    return {version.job_id: (version, name) for version, name in session.execute(query)}
+
+
 def tuned_models(session: Session, project_id: uuid.UUID) -> list[AdapterVersion]:
     """Every version of this project, newest first: what `GET /v1/models` lists beside the base models."""
     query = select(AdapterVersion).where(AdapterVersion.project_id == project_id)

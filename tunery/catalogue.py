@@ -26,6 +26,15 @@ def get(session: Session, name: str) -> BaseModel:
     return found
 
 
+def ready_one(session: Session, name: str) -> BaseModel:
+    """One that jobs can train on. Raises NotFound."""
+    model = get(session, name)
+    if model.state != "ready":
+        fix = f"`tunery models show {name}` says how its import goes."
+        raise NotFound(f"The model '{name[:80]}' is not ready.", param="model", fix=fix, code="model_not_found")
+    return model
+
+
 def by_id(session: Session, model_id: uuid.UUID) -> BaseModel:
     return session.get_one(BaseModel, model_id)
 

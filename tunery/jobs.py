@@ -4,6 +4,7 @@ import hashlib
 import os
 import secrets
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,22 @@ def attempts(session: Session, project_id: uuid.UUID, job_id: uuid.UUID) -> list
     return [AttemptView(attempt, node) for attempt, node in session.execute(query)]
 
 
-def queue_position(session: Session, job: Job) -> int:
-    """How many of this project's own waiting jobs come first, plus one. Other projects' jobs are not counted here."""
-    earlier = (Job.project_id == job.project_id, Job.state == JobState.QUEUED, Job.queued_at < job.queued_at)
-    return 1 + (session.scalar(select(func.count()).select_from(Job).where(*earlier)) or 0)
+def attempts_of(
+    session: Session, project_id: uuid.UUID, job_ids: Sequence[uuid.UUID]
+) -> dict[uuid.UUID, list[AttemptView]]:
+    """The attempts of several jobs at once, for lists; each job's in order."""
+    query = select(Attempt, Node.name).join(Node, Node.id == Attempt.node_id)
+    query = query.where(Attempt.project_id == project_id, Attempt.job_id.in_(job_ids)).order_by(Attempt.no)
+    found: dict[uuid.UUID, list[AttemptView]] = {}
+    for attempt, node in session.execute(query):
+        found.setdefault(attempt.job_id, []).append(AttemptView(attempt, node))
+    return found
+
+
+def queue_positions(session: Session, project_id: uuid.UUID) -> dict[uuid.UUID, int]:
+    """This project's own waiting jobs, the first one 1. Other projects' jobs are not counted here."""
+    waiting = select(Job.id).where(Job.project_id == project_id, Job.state == JobState.QUEUED)
+    return {id: place for place, id in enumerate(session.scalars(waiting.order_by(Job.queued_at, Job.id)), 1)}
 
 
 @dataclass(frozen=True)

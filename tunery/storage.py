@@ -107,6 +107,16 @@ class Storage:
     def delete(self, key: str) -> None:
         self._do(lambda: self._client.delete_object(Bucket=self.bucket, Key=key))
 
+    def keys(self, prefix: str) -> Iterator[str]:
+        """Keys below `prefix`, in order."""
+        wanted = {"Bucket": self.bucket, "Prefix": prefix}
+        while True:
+            page = self._do(lambda: self._client.list_objects_v2(**wanted))
+            yield from (found["Key"] for found in page.get("Contents", []))
+            if not page.get("IsTruncated"):
+                return
+            wanted["ContinuationToken"] = page["NextContinuationToken"]
+
     def uri(self, key: str) -> str:
         return f"s3://{self.bucket}/{key}"
 
