@@ -1,0 +1,100 @@
+"""What routes ask for: who is calling, whether the key may, and a transaction that sees that project alone."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy.orm import Session
+
+from tunery import db, ids, tenancy
+from tunery.db import Sessions
+from tunery.errors import NotFound, Unauthenticated
+from tunery.settings import ApiSettings
+from tunery.storage import Storage
+from tunery.tenancy import Identity
+
+PUBLIC = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"})
+"""Everything else needs a key, also what has not been written yet."""
+
+_bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer ftk_live_...`")
+
+
+def authenticate(
+    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None
+) -> None:
+    """Applied to the whole app. The key is looked up in a transaction of its own, before any project is known."""
+    if request.url.path in PUBLIC:
+        return
+    if given is None:
+        fix = "Send the header 'Authorization: Bearer <key>'."
+        raise Unauthenticated("You did not provide an API key.", fix=fix)
+    app = request.app.state
+    with db.transaction(app.sessions) as session:
+        pepper = app.settings.key_pepper.get_secret_value()
+        request.state.identity = tenancy.authenticate(session, given.credentials, pepper)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A dependency: the key must carry this scope. One on every route that is not public."""
+
+    name: str | None
+    """None: any valid key will do."""
+
+    def __call__(self, request: Request) -> None:
+        if self.name is not None:
+            request.state.identity.require(self.name)
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """The calling project, for routes that open their own short transactions around slow work."""
+
+    identity: Identity
+    sessions: Sessions
+
+    @property
+    def project_id(self) -> uuid.UUID:
+        return self.identity.project_id
+
+    def transaction(self) -> AbstractContextManager[Session]:
+        return db.transaction(partial(db.for_project, self.sessions, self.project_id))
+
+
+def get_tenant(request: Request) -> Tenant:
+    return Tenant(request.state.identity, request.app.state.sessions)
+
+
+def get_session(tenant: Annotated[Tenant, Depends(get_tenant)]) -> Iterator[Session]:
+    with tenant.transaction() as session:
+        yield session
+
+
+def get_storage(request: Request) -> Storage:
+    return request.app.state.storage
+
+
+def get_settings(request: Request) -> ApiSettings:
+    return request.app.state.settings
+
+
+def job_id(fine_tuning_job_id: str) -> uuid.UUID:
+    """From the path. What is not an id at all is answered like an id that does not exist."""
+    try:
+        return ids.decode(ids.JOB, fine_tuning_job_id)
+    except NotFound:
+        fix = "`tunery jobs list` shows this project's jobs."
+        raise NotFound("No such fine-tuning job.", param="fine_tuning_job_id", fix=fix) from None
+
+
+TenantDep = Annotated[Tenant, Depends(get_tenant)]
+# function scope: the commit happens before the answer leaves, so that nothing acknowledged can still be lost
+SessionDep = Annotated[Session, Depends(get_session, scope="function")]
+StorageDep = Annotated[Storage, Depends(get_storage)]
+SettingsDep = Annotated[ApiSettings, Depends(get_settings)]
+JobId = Annotated[uuid.UUID, Depends(job_id)]

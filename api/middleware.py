@@ -1,0 +1,138 @@
+"""The edge of the program, in plain ASGI: request ids, the access log, metrics, body limits, and the last resort."""
+
+import re
+import secrets
+import time
+
+import anyio
+import structlog
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api import errors
+from tunery.telemetry import HTTP_DURATION
+
+log = structlog.get_logger(__name__)
+
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{8,128}")
+_METHODS = ("GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS")
+_QUIET = ("/healthz", "/readyz", "/metrics")
+_LINGER_S = 15.0
+"""So long we keep reading what a refused client still sends: closing at once would reset the connection, and the
+client's kernel would throw our answer away unread."""
+
+
+class Edge:
+    """Outermost: gives each request an id, times it, and turns whatever nobody expected into a 500."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        began, status = time.perf_counter(), 0
+
+        async def send_stamped(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_stamped)
+            except Exception:  # the process edge: nothing of it may reach the caller, all of it must reach the log
+                log.exception("unexpected error", method=scope["method"], path=scope["path"])
+                if status:
+                    raise  # the answer has begun; only a broken connection can say that it is not whole
+                await errors.internal(scope)(scope, receive, send_stamped)
+            finally:
+                _observe(scope, status, time.perf_counter() - began)
+
+
+class BodyLimit:
+    """Refuses a body over its route's limit: by its announced length before a byte of it, else by counting."""
+
+    def __init__(self, app: ASGIApp, *, default: int, paths: dict[tuple[str, str], int]) -> None:
+        self._app = app
+        self._default = default
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = self._paths.get((scope["method"], scope["path"]), self._default)
+        scope["max_body_bytes"] = limit
+        body = _Body(scope, receive, send, limit)
+        if body.announced > limit:
+            refused = errors.answer(errors.too_large(limit), scope)
+            await refused(scope, body.receive, body.send)
+            return
+        await self._app(scope, body.receive, body.send)
+
+
+class _Body:
+    """One request's body on its way in, counted; and its answer, held open until the client has stopped sending."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
+        self._receive, self._send, self._limit = receive, send, limit
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        length = headers.get(b"content-length", b"")
+        self.announced = int(length) if length.isdigit() else 0
+        self._seen = 0
+        self._ended = not self.announced and b"transfer-encoding" not in headers
+        # such a client sends nothing before it is told to, so there is nothing to wait for
+        self._polite = headers.get(b"expect", b"").lower() == b"100-continue"
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._ended = True
+            return message
+        self._polite = False
+        self._ended = not message.get("more_body", False)
+        self._seen += len(message.get("body", b""))
+        if self._seen > self._limit:
+            raise HTTPException(413)
+        return message
+
+    async def send(self, message: Message) -> None:
+        unread = not self._ended
+        if message["type"] == "http.response.start" and unread:
+            message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+        last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if last and unread and not self._polite:
+            await self._send({**message, "more_body": True})
+            await self._linger()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
+
+    async def _linger(self) -> None:
+        with anyio.move_on_after(_LINGER_S):
+            while not self._ended:
+                message = await self._receive()
+                self._ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
+
+
+def _request_id(scope: Scope) -> str:
+    """The caller's own id if it is one, so that a request can be followed through proxies; else a new one."""
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return given.decode() if _SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+
+
+def _observe(scope: Scope, status: int, seconds: float) -> None:
+    # a path or a method that a caller made up must not become a label: each value is a series for ever
+    template = getattr(scope.get("route"), "path", "unmatched")
+    method = scope["method"] if scope["method"] in _METHODS else "other"
+    HTTP_DURATION.labels(template, method, str(status)).observe(seconds)
+    if template in _QUIET:
+        return
+    who = scope.get("state", {}).get("identity")
+    known = {"project": str(who.project_id), "key": str(who.key_id)} if who else {}
+    log.info("request", method=scope["method"], route=template, status=status, ms=round(seconds * 1000, 1), **known)
