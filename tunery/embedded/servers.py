@@ -15,7 +15,7 @@ from tunery.embedded.process import Child
 from tunery.embedded.valkey import Valkey
 
 READY_TIMEOUT_S = 60
-_PORT_ATTEMPTS = 3
+_GIVE_UP_AFTER = 3
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Servers:
         self.objects: Objects | None = None
 
     def start(self) -> None:
-        """Ready in about two seconds. A port lost between choosing and binding is chosen again."""
+        """Ready in about a second. A port lost between choosing and binding fails this start; the next chooses anew."""
         self.launch()
         self.wait()
 
@@ -110,7 +110,7 @@ class Servers:
         while not all(child.is_ready for child in wanted):
             self.tend()
             for child in wanted:
-                if time.monotonic() > deadline or child.restarts >= _PORT_ATTEMPTS:
+                if time.monotonic() > deadline or child.restarts >= _GIVE_UP_AFTER:
                     raise _never_ready(child)
             time.sleep(0.02)
 

@@ -57,7 +57,7 @@ def banner(home: Home) -> str:
         "",
         "  Next:  tunery status",
         "         tunery models list",
-        "         tunery jobs create -m smollm2-135m-instruct -t examples/... --watch",
+        "         tunery jobs create -m MODEL -t FILE.jsonl --watch",
         "         tunery down",
         "",
     ]
