@@ -105,12 +105,14 @@ class Scheduler:
             messages = outbox.unsent(session)
             everyone = queue.live_nodes(session, self._settings.lease_s) if messages else []
         for message in messages:
-            to = [message.payload["node_id"]] if message.topic == outbox.RING_NODE else everyone
-            for node_id in to:
-                self._doorbell.ring(node_id, str(message.id))
-        if messages:
+            if message.topic == outbox.JOB_ENDED:
+                self._doorbell.announce(message.payload["job_id"], message.payload["state"])
+            else:
+                to = [message.payload["node_id"]] if message.topic == outbox.RING_NODE else everyone
+                for node_id in to:
+                    self._doorbell.ring(node_id, str(message.id))
             with transaction(self._sessions) as session:
-                outbox.mark_sent(session, [message.id for message in messages])
+                outbox.mark_sent(session, [message.id])
 
     def sweep(self) -> None:
         """Find leases that ran out, assignments nobody took, GPUs that nobody will free."""

@@ -1,13 +1,16 @@
 """The main job, end to end, with a trainer that needs no torch."""
 
+import json
 import math
 import signal
 
 import pytest
+from redis import Redis
 from sqlalchemy import select, text
 
 from tests.fleet import ROWS, fleet, rows_of
-from tunery import adapters, leases
+from tests.servers import servers
+from tunery import adapters, ids, leases
 from tunery.db import for_project, transaction
 from tunery.models import Dataset, Job, Usage
 
@@ -43,6 +46,32 @@ def test_a_job_runs_to_a_published_verified_adapter(running):
     messages = running.messages(job_id)
     assert messages[0].startswith("Created fine-tuning job")
     assert messages[-1] == "The job has successfully completed"
+
+
+def test_a_subscriber_hears_once_that_a_job_has_ended(running):
+    listener = Redis.from_url(servers().redis_url).pubsub()
+    listener.psubscribe("training:done:*")
+    assert listener.get_message(timeout=5)["type"] == "psubscribe"
+    job_id = running.submit("ok", steps=1)
+    running.ends(job_id)
+    heard = []
+    while (message := listener.get_message(timeout=2)) is not None:
+        heard.append(message)
+    mine = [message for message in heard if ids.encode(ids.JOB, job_id) in message["channel"].decode()]
+    assert [json.loads(message["data"])["status"] for message in mine] == ["succeeded"]
+
+
+def test_another_node_raises_what_runs_at_once_without_a_restart(running):
+    made = [running.submit("slow", steps=40) for _ in range(2)]
+    running.until(lambda: sorted(map(running.state, made)) == ["queued", "running"])
+    with running.look() as session:
+        reason = session.scalars(select(Job.wait_reason).where(Job.id.in_(made), Job.state == "queued")).one()
+    assert "1 of 1 suitable devices are busy" in reason
+    second = running.node("second")
+    running.until(lambda: [running.state(job_id) for job_id in made] == ["running", "running"], 20)
+    assert [running.ends(job_id) for job_id in made] == ["succeeded"] * 2
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(20) == 0
 
 
 def test_a_loss_of_nan_survives_to_the_stored_series(running):

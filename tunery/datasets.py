@@ -71,6 +71,12 @@ class PromptRow(msgspec.Struct):
     completion: str
 
 
+class AlpacaRow(msgspec.Struct):
+    instruction: str
+    output: str
+    input: str = ""
+
+
 class TextRow(msgspec.Struct):
     text: str
 
@@ -78,13 +84,26 @@ class TextRow(msgspec.Struct):
 _SHAPES: dict[str, tuple[str, msgspec.json.Decoder[Any]]] = {
     "messages": ("chat", msgspec.json.Decoder(ChatRow)),
     "prompt": ("prompt_completion", msgspec.json.Decoder(PromptRow)),
+    "instruction": ("prompt_completion", msgspec.json.Decoder(AlpacaRow)),
     "text": ("text", msgspec.json.Decoder(TextRow)),
 }
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+"""The prompts of Stanford Alpaca (Taori et al. 2023), byte for byte: models trained on them expect them."""
+Row = ChatRow | PromptRow | AlpacaRow | TextRow
 _ANY = msgspec.json.Decoder()
 _ENCODER = msgspec.json.Encoder()
 _ROLES = ("system", "user", "assistant")
 _NOT_YET = {
-    "input": "preference rows (`input`, `preferred_output`, `non_preferred_output`) are not supported yet",
+    "preferred_output": "preference rows (`input`, `preferred_output`, `non_preferred_output`) are not supported yet",
     "tools": "`tools` are not supported yet",
 }
 
@@ -183,16 +202,20 @@ def _shape(report: Report, number: int, row: dict[str, Any]) -> tuple[str, msgsp
         if key in row:
             return shape
     report.add(
-        number, "expected 'messages', or 'prompt' and 'completion', or 'text'; found " + ", ".join(sorted(row)[:6])
+        number,
+        "expected 'messages', 'prompt' and 'completion', 'instruction' and 'output', or 'text'; found "
+        + ", ".join(sorted(row)[:6]),
     )
     return None
 
 
-def _problem(row: ChatRow | PromptRow | TextRow) -> str | None:
+def _problem(row: Row) -> str | None:
     if isinstance(row, TextRow):
         return None if row.text.strip() else "'text' is empty"
     if isinstance(row, PromptRow):
         return None if row.completion.strip() else "'completion' is empty"
+    if isinstance(row, AlpacaRow):
+        return None if row.instruction.strip() and row.output.strip() else "'instruction' or 'output' is empty"
     if not row.messages:
         return "'messages' is empty"
     for index, message in enumerate(row.messages):
@@ -212,7 +235,7 @@ def _problem(row: ChatRow | PromptRow | TextRow) -> str | None:
     return None
 
 
-def _clean(row: ChatRow | PromptRow | TextRow) -> dict[str, Any]:
+def _clean(row: Row) -> dict[str, Any]:
     """The row without what means nothing to training."""
     if isinstance(row, ChatRow):
         kept = []
@@ -222,6 +245,9 @@ def _clean(row: ChatRow | PromptRow | TextRow) -> dict[str, Any]:
                 item["weight"] = 0
             kept.append(item)
         return {"messages": kept}
+    if isinstance(row, AlpacaRow):
+        template = ALPACA_WITH_INPUT if row.input.strip() else ALPACA
+        return {"prompt": template.format(instruction=row.instruction, input=row.input), "completion": row.output}
     return msgspec.to_builtins(row)
 
 

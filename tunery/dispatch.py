@@ -1,5 +1,6 @@
 """The doorbell: one RQ queue a node, one function by name, an id as its only argument. Losing one costs seconds."""
 
+import json
 import uuid
 
 from redis import Redis
@@ -36,3 +37,7 @@ class Doorbell:
     def ring(self, node_id: uuid.UUID | str, what: str) -> None:
         queue = Queue(queue_name(node_id), connection=self._redis, serializer=JSONSerializer)
         queue.enqueue_call(RING, args=(what,), timeout=60, result_ttl=0, ttl=300, failure_ttl=3600)
+
+    def announce(self, job_id: str, state: str) -> None:
+        """Tell whoever listens right now that a job has ended. Nothing waits for a listener."""
+        self._redis.publish(f"training:done:{job_id}", json.dumps({"job_id": job_id, "status": state}))

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from tunery import events, outbox
+from tunery import events, ids, outbox
 from tunery.errors import Conflict, NotFound
 from tunery.events import Entry
 from tunery.models import Attempt, Checkpoint, Job
@@ -60,7 +60,7 @@ def claim(session: Session, attempt_id: uuid.UUID, claimed_by: str, lease_s: flo
     held.attempt.claimed_by = claimed_by
     held.attempt.claimed_at = func.now()
     held.attempt.lease_expires_at = func.now() + timedelta(seconds=lease_s)
-    _move_job(held.job, JobState.STARTING)
+    _move_job(session, held.job, JobState.STARTING)
     held.job.wait_reason = None
     return held
 
@@ -88,13 +88,13 @@ def hold(session: Session, attempt_id: uuid.UUID, fence: int) -> Held:
     return held
 
 
-def mark_running(held: Held) -> None:
+def mark_running(session: Session, held: Held) -> None:
     """The trainer has said its first word."""
     if held.attempt.state == AttemptState.CLAIMED:
         _move_attempt(held.attempt, AttemptState.RUNNING)
         held.attempt.started_at = func.now()
     if held.job.state == JobState.STARTING:
-        _move_job(held.job, JobState.RUNNING)
+        _move_job(session, held.job, JobState.RUNNING)
         if held.job.started_at is None:
             held.job.started_at = func.now()
 
@@ -106,7 +106,7 @@ def mark_stopping(held: Held) -> None:
 
 def begin_publishing(session: Session, held: Held) -> None:
     """Training is over and the trainer gone: the GPU goes back, the lease stays while the result is stored."""
-    mark_running(held)
+    mark_running(session, held)
     _move_attempt(held.attempt, AttemptState.PUBLISHING)
     session.flush()
     release(session, held.attempt.id)
@@ -115,7 +115,7 @@ def begin_publishing(session: Session, held: Held) -> None:
 def succeed(session: Session, held: Held, tokens: int) -> None:
     """The result is published in this same transaction."""
     _end_attempt(session, held.attempt, AttemptState.SUCCEEDED)
-    _move_job(held.job, JobState.SUCCEEDED)
+    _move_job(session, held.job, JobState.SUCCEEDED)
     held.job.trained_tokens = tokens
     told = [
         Entry(f"New fine-tuned model created: {held.job.model_name}"),
@@ -212,11 +212,11 @@ def cancel(session: Session, project_id: uuid.UUID, job_id: uuid.UUID) -> Job:
     if state in (JobState.VALIDATING, JobState.QUEUED, JobState.PAUSED):
         if attempt is not None:
             _end_attempt(session, attempt, AttemptState.CANCELLED)
-        _move_job(job, JobState.CANCELLED)
+        _move_job(session, job, JobState.CANCELLED)
         _cancel_tasks(session, job_id)
         events.append(session, job, [_cancelled_entry()])
         return job
-    _move_job(job, JobState.CANCELLING)
+    _move_job(session, job, JobState.CANCELLING)
     events.append(session, job, [Entry("The job is being cancelled")])
     if attempt is not None:
         attempt.stop_reason = StopReason.CANCEL
@@ -231,7 +231,7 @@ def enqueue(session: Session, job: Job, entries: Sequence[Entry]) -> bool:
     """The rows are sound: the job waits for a GPU. False if it was cancelled meanwhile."""
     if job.state != JobState.VALIDATING:
         return False
-    _move_job(job, JobState.QUEUED)
+    _move_job(session, job, JobState.QUEUED)
     events.append(session, job, [*entries, Entry("Files validated; the job waits for a GPU")])
     return True
 
@@ -261,13 +261,14 @@ def _live_attempt(session: Session, job_id: uuid.UUID) -> Attempt | None:
     return session.scalar(live.with_for_update().execution_options(populate_existing=True))
 
 
-def _move_job(job: Job, to: JobState) -> None:
+def _move_job(session: Session, job: Job, to: JobState) -> None:
     if to not in MOVES.get(JobState(job.state), frozenset()):
         raise RuntimeError(f"a job cannot become {to} from {job.state}")
     job.state = to
     if to in TERMINAL:
         job.finished_at = func.now()
         job.wait_reason = None
+        outbox.send(session, outbox.JOB_ENDED, job.project_id, {"job_id": ids.encode(ids.JOB, job.id), "state": to})
 
 
 def _move_attempt(attempt: Attempt, to: AttemptState) -> None:
@@ -287,13 +288,13 @@ def _end_attempt(session: Session, attempt: Attempt, to: AttemptState, *, keep_g
 
 def _after_stop(session: Session, job: Job, message: str) -> None:
     if job.state == JobState.CANCELLING:
-        _move_job(job, JobState.CANCELLED)
+        _move_job(session, job, JobState.CANCELLED)
         events.append(session, job, [_cancelled_entry()])
     elif job.state == JobState.PAUSING:
-        _move_job(job, JobState.PAUSED)
+        _move_job(session, job, JobState.PAUSED)
         events.append(session, job, [Entry("The job is paused", data={"kind": "state", "state": JobState.PAUSED})])
     else:
-        _move_job(job, JobState.QUEUED)
+        _move_job(session, job, JobState.QUEUED)
         events.append(session, job, [Entry(f"{message}; the job is back in the queue", "warn")])
 
 
@@ -308,7 +309,7 @@ def _after_fault(session: Session, job: Job, attempt_no: int, code: FailureCode,
         job.faults_without_progress = 1 if newest > job.fault_step else job.faults_without_progress + 1
         job.fault_step = newest
     if after_failure(code, job.faults_without_progress) is JobState.QUEUED:
-        _move_job(job, JobState.QUEUED)
+        _move_job(session, job, JobState.QUEUED)
         start = f"from its checkpoint at step {newest}" if newest else "from the beginning"
         data = {"kind": "retry", "code": code, "attempt": attempt_no, "from_step": newest}
         events.append(
@@ -327,7 +328,7 @@ def _newest_step(session: Session, job_id: uuid.UUID) -> int:
 
 
 def _fail_job(session: Session, job: Job, code: FailureCode, message: str, param: str | None) -> None:
-    _move_job(job, JobState.FAILED)
+    _move_job(session, job, JobState.FAILED)
     job.error_code, job.error_message, job.error_param = code, message, param
     data = {"kind": "state", "state": JobState.FAILED, "code": code, "fix": POLICY[code].fix}
     events.append(session, job, [Entry(f"The job failed: {message}", "error", data=data)])

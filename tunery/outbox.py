@@ -13,6 +13,8 @@ RING_NODE = "ring_node"
 """{"node_id", "attempt_id"}: an attempt was assigned to this node, or it should look at one it has."""
 RING_TASK = "ring_task"
 """{"task_id"}: some node should look for tasks."""
+JOB_ENDED = "job_ended"
+"""{"job_id", "state"}: told once on the Redis channel `training:done:<job id>`, and to webhooks."""
 
 
 def send(session: Session, topic: str, project_id: uuid.UUID, payload: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def ingest(session: Session, attempt_id: uuid.UUID, fence: int, said: Sequence[E
     fresh = [event for event in said if event.seq > held.attempt.last_event_seq]
     if not fresh:
         return
-    leases.mark_running(held)
+    leases.mark_running(session, held)
     entries = [entry for event in fresh if (entry := _entry(event)) is not None]
     for event in fresh:
         _note(held, event)

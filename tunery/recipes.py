@@ -8,7 +8,7 @@ from tunery.contracts.spec import EvaluationArgs, LoraSpec, Recipe, TrainingArgs
 
 BASE_LEARNING_RATE = 2e-4
 """LoRA's usual rate (QLoRA, arXiv:2305.14314, section 4); OpenAI's `learning_rate_multiplier` scales it."""
-MAX_MICRO_BATCH = 8
+MAX_MICRO_BATCH = 4
 
 Auto = Literal["auto"]
 
@@ -75,7 +75,5 @@ def _auto_batch(rows: int) -> int:
 
 
 def _auto_epochs(rows: int) -> int:
-    """Few rows are seen more often: about 1,000 rows in all, three times at least until 5,000 rows."""
-    if rows >= 5000:
-        return 2
-    return max(3, min(10, -(-1000 // max(rows, 1))))
+    """Three times; many rows need fewer."""
+    return 3 if rows < 5000 else 2

@@ -854,6 +854,7 @@ GRANTS: dict[str, dict[str, tuple[str, str]]] = {
         "checkpoints": (HELD, "SELECT, INSERT, UPDATE (deleted_at)"),
         "adapters": (WORKS, "SELECT, INSERT"),
         "adapter_versions": (WORKS, "SELECT, INSERT"),
+        "outbox": (WORKS, "SELECT, INSERT"),
         "events": (HELD, "SELECT, INSERT"),
         "metric_series": (HELD, "SELECT, INSERT"),
         "metric_chunks": (WORKS, "SELECT, INSERT"),
