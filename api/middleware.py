@@ -7,6 +7,7 @@ import time
 import anyio
 import structlog
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import errors
@@ -46,6 +47,8 @@ class Edge:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self._app(scope, receive, send_stamped)
+            except ClientDisconnect:
+                status = status or 499  # nobody is left to answer; the number is nginx's, for the metrics alone
             except Exception:  # the process edge: nothing of it may reach the caller, all of it must reach the log
                 log.exception("unexpected error", method=scope["method"], path=scope["path"])
                 if status:
