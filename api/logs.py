@@ -73,5 +73,5 @@ def _whole_letters(data: bytes) -> int:
         if byte & 0xC0 == 0x80:
             continue
         wants = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
-        return len(data) - back if wants > back and back < len(data) else len(data)
+        return len(data) - back if wants > back else len(data)
     return len(data)

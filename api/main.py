@@ -7,15 +7,13 @@ from api import errors
 from api.deps import authenticate
 from api.documentation import ALWAYS, operation_id
 from api.middleware import BodyLimit, Edge
-from api.routes import adapters, base_models, files, health, identity, jobs, models
+from api.routes import adapters, base_models, files, health, identity, jobs, legacy, models
 from tunery import __version__
 from tunery.db import Sessions
 from tunery.settings import MIB, ApiSettings
 from tunery.storage import Storage
 
 MAX_JSON_BYTES = MIB
-_FRAMING_BYTES = 64 * 1024
-"""What multipart adds to a file: boundaries, headers and the other fields."""
 _DESCRIPTION = """Fine-tuning on your own GPUs, in the form that OpenAI's API made familiar.
 
 Code written for `client.files`, `client.models` and `client.fine_tuning` needs a new `base_url` and nothing else.
@@ -38,9 +36,9 @@ def create_app(sessions: Sessions, storage: Storage, settings: ApiSettings) -> F
     app.state.sessions, app.state.storage, app.state.settings = sessions, storage, settings
     app.state.probes = anyio.CapacityLimiter(4)
     errors.install(app)
-    for module in (files, jobs, models, base_models, adapters, identity, health):
+    for module in (files, jobs, models, base_models, adapters, identity, legacy, health):
         app.include_router(module.router)  # routers carry their whole prefix: metrics name a route by it
-    uploads = {("POST", "/v1/files"): settings.max_file_bytes + _FRAMING_BYTES}
-    app.add_middleware(BodyLimit, default=MAX_JSON_BYTES, paths=uploads)
+    uploads = {("POST", "/v1/files"): settings.max_file_bytes}
+    app.add_middleware(BodyLimit, default=MAX_JSON_BYTES, files=uploads)
     app.add_middleware(Edge)  # added last, so outermost
     return app

@@ -18,6 +18,8 @@ log = structlog.get_logger(__name__)
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{8,128}")
 _METHODS = ("GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS")
 _QUIET = ("/healthz", "/readyz", "/metrics")
+_FRAMING_BYTES = 64 * 1024
+"""What multipart adds to a file: boundaries, headers and the other fields. The route itself measures the file."""
 _LINGER_S = 15.0
 """So long we keep reading what a refused client still sends: closing at once would reset the connection, and the
 client's kernel would throw our answer away unread."""
@@ -61,19 +63,20 @@ class Edge:
 class BodyLimit:
     """Refuses a body over its route's limit: by its announced length before a byte of it, else by counting."""
 
-    def __init__(self, app: ASGIApp, *, default: int, paths: dict[tuple[str, str], int]) -> None:
+    def __init__(self, app: ASGIApp, *, default: int, files: dict[tuple[str, str], int]) -> None:
         self._app = app
         self._default = default
-        self._paths = paths
+        self._files = files
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._paths.get((scope["method"], scope["path"]), self._default)
-        scope["max_body_bytes"] = limit
-        body = _Body(scope, receive, send, limit)
-        if body.announced > limit:
+        file_limit = self._files.get((scope["method"], scope["path"]))
+        scope["max_body_bytes"] = limit = self._default if file_limit is None else file_limit
+        whole = limit if file_limit is None else limit + _FRAMING_BYTES
+        body = _Body(scope, receive, send, whole)
+        if body.announced > whole:
             refused = errors.answer(errors.too_large(limit), scope)
             await refused(scope, body.receive, body.send)
             return
