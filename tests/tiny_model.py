@@ -1,8 +1,21 @@
 """A base model for tests, made on the spot: a random 2-layer Llama with a byte-level tokenizer and a chat template."""
 
+import contextlib
 import json
+import socket
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from tunery.contracts.channel import read_lines, send_line
+from tunery.contracts.events import EVENTS, Checkpoint, Event, Metrics, Stored, Tick
+from tunery.contracts.spec import BaseModelRef, DataRef, Lineage, Recipe, TrainingSpec
+
+AnyEvent = TypeVar("AnyEvent", bound=Event)
 
 HUB_ID = "tunery-tests/tiny-llama"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -91,3 +104,69 @@ def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
     """One JSON object a line."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def spec_for(work: Path, base: Path, train: Path, validation: Path | None = None, **recipe: Any) -> TrainingSpec:
+    """A spec in the folder `work`; `recipe` has the keys `adapter`, `training` and `evaluation`."""
+    work.mkdir(parents=True, exist_ok=True)
+    facts = json.loads((base / "base.json").read_text())
+    return TrainingSpec(
+        socket=str(work / "trainer.sock"),
+        base=BaseModelRef(**{key: facts[key] for key in BaseModelRef.model_fields if key in facts}, path=str(base)),
+        data=DataRef(train=str(train), validation=str(validation) if validation else None, train_sha256="0" * 64),
+        recipe=Recipe.model_validate(recipe),
+        lineage=Lineage(
+            project_id="proj_test",
+            job_id="ftjob-test",
+            attempt_id="attempt-test",
+            attempt_no=1,
+            model_name="ft:tiny-llama:tests::1",
+            training_file="file-train",
+            tunery_version="0",
+        ),
+        checkpoints=str(work / "checkpoints"),
+        output=str(work / "output"),
+    )
+
+
+class Listener:
+    """A supervisor's end of a trainer's socket: ticks, stores checkpoints, keeps every event."""
+
+    def __init__(self, connection: socket.socket, *, ticks: bool = True, stores: bool = True) -> None:
+        self.events: list[Event] = []
+        self.on_event: Callable[[Event], None] = lambda event: None
+        self._connection, self._ticks, self._stores = connection, ticks, stores
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        if ticks:
+            threading.Thread(target=self._tick, daemon=True).start()
+
+    def send(self, command: BaseModel) -> None:
+        send_line(self._connection, command)
+
+    def wait(self, timeout_s: float = 60) -> list[Event]:
+        """All events, once the trainer has closed its end."""
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive(), f"still talking after {timeout_s} s; last: {self.events[-1:]}"
+        return self.events
+
+    def of(self, kind: type[AnyEvent]) -> list[AnyEvent]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def losses(self) -> dict[int, float]:
+        """`train/loss` by step."""
+        return {event.step: event.values["train/loss"] for event in self.of(Metrics)}
+
+    def _listen(self) -> None:
+        for line in read_lines(self._connection):
+            event = EVENTS.validate_json(line)
+            self.events.append(event)
+            if isinstance(event, Checkpoint) and self._stores:
+                self.send(Stored(step=event.step))
+            self.on_event(event)
+
+    def _tick(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self.send(Tick())
+                time.sleep(0.1)

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from trainer.import_base import WANTED, Refused
+from trainer.base_rules import WANTED, Refused, refuse_unsafe
 from tunery.contracts.events import EXIT_OURS
 
 DEMO_NAME = "smollm2-135m-instruct"
@@ -61,8 +61,6 @@ def take_hub(repo: str, revision: str, into: Path) -> dict[str, Any]:
 
 def take_path(folder: Path, into: Path) -> dict[str, Any]:
     """Copy the wanted files of a local folder, after looking for what must not be there."""
-    from trainer.import_base import refuse_unsafe
-
     if not folder.is_dir():
         raise Refused("not_found", f"{folder} is not a folder", "Name an existing folder.")
     refuse_unsafe(folder)
@@ -175,7 +173,8 @@ def _check_tokenizer(folder: Path) -> None:
     trips = ("Order 12345 cost £19.99\n\nOK  two", "naïve café 😀", "<|im_start|>user\nhi<|im_end|>\n")
     wrong += [text for text in trips if tokenizer.decode(tokenizer(text)["input_ids"]) != text]
     template = tokenizer.chat_template or ""
-    if wrong or tokenizer.eos_token != "<|im_end|>" or "<|im_start|>" not in template or "SmolLM" not in template:
+    ends = tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id)
+    if wrong or ends != "<|im_end|>" or "<|im_start|>" not in template or "SmolLM" not in template:
         raise Refused(
             "conversion_failed", f"The converted tokenizer differs from the published one: {wrong[:1]}",
             "Report this with the versions of transformers and gguf.", exit_code=EXIT_OURS,

@@ -31,9 +31,11 @@ class Loop(TrainerCallback):
         spec: TrainingSpec,
         session: Session,
         progress: Progress,
+        rows: int,
         total_steps: int,
         evaluation: Callable[[Any], dict[str, float]] | None,
     ) -> None:
+        self.rows = rows
         self.before = progress.before
         self.last_loss: float | None = None
         self._spec, self._session, self._evaluation = spec, session, evaluation

@@ -136,7 +136,7 @@ def write_adapter(folder: Path, model: PeftModel, spec: TrainingSpec) -> None:
     save_file(
         {k: _plain(v) for k, v in weights.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"}
     )
-    config = model.peft_config[model.active_adapter].to_dict()
+    config = model.peft_config["default"].to_dict()
     targets = config["target_modules"]
     config |= {
         "base_model_name_or_path": spec.base.hub_id,  # never a path of this machine: servers compare it

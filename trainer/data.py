@@ -112,7 +112,7 @@ def _render(row: dict[str, Any], tokenizer: Any, number: int, code: FailureCode)
         example = _chat(row, tokenizer, number, code)
     elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         prompt = _prompt_ids(tokenizer, row["prompt"])
-        answer = _ids(tokenizer, row["completion"]) + [tokenizer.eos_token_id]
+        answer = [*_ids(tokenizer, row["completion"]), tokenizer.eos_token_id]
         example = Example(prompt + answer, [IGNORED] * len(prompt) + answer)
     elif isinstance(row.get("text"), str):
         ids = [*_prompt_ids(tokenizer, row["text"]), tokenizer.eos_token_id]

@@ -1,4 +1,4 @@
-"""Bring a base model into one folder: safetensors, config, tokenizer and `base.json`. The trainer program with a network.
+"""Bring a base model into one folder: safetensors, config, tokenizer, `base.json`. The trainer program with a network.
 
     python -P -m trainer.import_base --source demo --out DIR
     python -P -m trainer.import_base --source hub --repo ORG/NAME --revision SHA --out DIR
@@ -19,26 +19,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer import manifest
-from tunery.contracts.events import EXIT_OK, EXIT_OURS, EXIT_USER
+from trainer.base_rules import Refused, refuse_unsafe
+from tunery.contracts.events import EXIT_OK, EXIT_OURS
 
-WANTED = (
-    "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model", "LICENSE*",
-)  # fmt: skip
-UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py"}
 ARCHITECTURE = (
     "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size",
     "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
 )  # fmt: skip
-
-
-class Refused(Exception):
-    """An import that cannot go on; `code` for programs, `fix` for the operator."""
-
-    def __init__(self, code: str, message: str, fix: str, *, exit_code: int = EXIT_USER) -> None:
-        super().__init__(message)
-        self.code, self.message, self.fix, self.exit_code = code, message, fix, exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,31 +79,6 @@ def describe(folder: Path) -> dict[str, Any]:
         **architecture,
         "files": [entry.model_dump() for entry in manifest.entries_of(folder, without=["base.json"])],
     }
-
-
-def refuse_unsafe(folder: Path) -> None:
-    """Refuse pickled weights, Python files and configs that ask for remote code.
-
-    Raises:
-        Refused: something in `folder` could run code when loaded, or nothing in it is safetensors.
-    """
-    unsafe = sorted(path.name for path in folder.rglob("*") if path.suffix.lower() in UNSAFE_SUFFIXES)
-    if unsafe:
-        raise Refused(
-            "unsafe_files", f"Files that could run code when loaded: {', '.join(unsafe[:5])}",
-            "Convert the weights to safetensors and remove these files.",
-        )  # fmt: skip
-    if not list(folder.glob("*.safetensors")):
-        raise Refused("no_safetensors", "No *.safetensors file in the model", "Use a model published as safetensors.")
-    for name in ("config.json", "tokenizer_config.json"):
-        file = folder / name
-        if file.exists() and "auto_map" in json.loads(file.read_text()):
-            raise Refused(
-                "remote_code", f"{name} has an auto_map: the model wants its own code to be run",
-                "Use a model that transformers supports by itself.",
-            )  # fmt: skip
-    if not (folder / "config.json").exists():
-        raise Refused("no_config", "No config.json in the model", "Point at a folder in the Hugging Face layout.")
 
 
 def _take(arguments: argparse.Namespace, into: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The base model in memory, its adapter, and the precision and memory choices that go with the device."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def load_base(path: str, device: torch.device, precision: str) -> Any:
     """The base model's weights, from safetensors only."""
     if "auto_map" in AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).to_dict():
         raise TrainingFailed(FailureCode.INVALID_SPEC, "The base model asks for code of its own, which is never run.")
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         path,
         local_files_only=True,
         trust_remote_code=False,
@@ -154,8 +155,6 @@ def base_facts(path: str) -> dict[str, Any]:
     file = Path(path) / "base.json"
     if not file.exists():
         return {}
-    import json
-
     facts = json.loads(file.read_text())
     return {key: facts[key] for key in ("source", "source_sha256", "revision", "license") if key in facts}
 

@@ -119,7 +119,7 @@ def _trainer(attempt: Attempt) -> tuple[sft.SupervisedTrainer, Loop]:
     spec, session, training = attempt.spec, attempt.session, attempt.spec.recipe.training
     held_out = attempt.held_out
     evaluation = (lambda network: attempt.judge.loss(network, held_out.examples)) if held_out else None
-    loop = Loop(spec, session, attempt.progress, attempt.total_steps, evaluation)
+    loop = Loop(spec, session, attempt.progress, len(attempt.train.examples), attempt.total_steps, evaluation)
     recompute = model.needs_checkpointing(
         attempt.network.config, _largest_micro_batch(attempt), attempt.precision, attempt.device
     )

@@ -22,7 +22,7 @@ def score(model: Any, inputs: dict[str, torch.Tensor]) -> Score:
     """Score a batch of `input_ids`, `attention_mask` and `labels`, projecting only loss tokens through the head.
 
     `model` carries the fused head that SFTTrainer adds. Its Triton kernel serves CUDA; elsewhere it would project
-    every position (28 % of a 135M model's work for tokens without loss), so there the few positions are taken out first.
+    every position (28 % of a 135M model's work, most of it for nothing), so there the loss tokens are taken out first.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if inputs["input_ids"].is_cuda or _scales_logits(causal.config.get_text_config()):

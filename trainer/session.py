@@ -139,11 +139,13 @@ class Session:
             assert isinstance(command, Tick)
 
     def _watch(self) -> None:
-        while self._stop is None:
-            if time.monotonic() - self._last_tick > self._tick_timeout_s:
-                self._ask(_ALONE)
-                return
-            time.sleep(min(1.0, self._tick_timeout_s / 4))
+        pause_s = min(1.0, self._tick_timeout_s / 4)
+        silent = 0
+        while self._stop is None and silent < 2:
+            # Twice in a row: after a SIGCONT or a long wait for the interpreter, ticks may lie unread in the socket.
+            silent = silent + 1 if time.monotonic() - self._last_tick > self._tick_timeout_s else 0
+            time.sleep(pause_s)
+        self._ask(_ALONE)
 
 
 _ALONE = Stop(reason=StopReason.OUTAGE, checkpoint=True, deadline_s=60)

@@ -9,7 +9,8 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from trainer import checkpoints
 from trainer.callbacks import Loop
@@ -49,11 +50,10 @@ class SupervisedTrainer(SFTTrainer):
         return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
-        return EpochOrder(len(dataset), self.args.seed, self._epoch_now)
+        return EpochOrder(self.loop.rows, self.args.seed, self._epoch_now)
 
     def _epoch_now(self) -> int:
-        return self.state.global_step // steps_per_epoch(len(self.train_dataset), self.args)  # pyright: ignore[reportArgumentType]
+        return self.state.global_step // steps_per_epoch(self.loop.rows, self.args)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.loop.save(self)
