@@ -20,7 +20,6 @@ from tunery.settings import SchedulerSettings
 
 log = structlog.get_logger(__name__)
 
-SWEEP_EVERY_S = 2.0
 GAP_S = 15.0
 """No sweep for so long means that nobody could have renewed against a working control plane."""
 
@@ -41,9 +40,9 @@ class Scheduler:
         self._stop = stop
         loops: list[tuple[str, Callable[[], object], float]] = [
             ("lead", self.lead, self._settings.leader_renew_s),
-            ("decide", self.decide, self._settings.tick_scheduler_s),
-            ("relay", self.relay, self._settings.tick_scheduler_s / 2),
-            ("sweep", self.sweep, SWEEP_EVERY_S),
+            ("decide", self.decide, self._settings.decide_s),
+            ("relay", self.relay, self._settings.decide_s),
+            ("sweep", self.sweep, self._settings.sweep_s),
         ]
         threads = [threading.Thread(target=self._loop, args=loop, name=loop[0], daemon=True) for loop in loops]
         for thread in threads:

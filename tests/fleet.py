@@ -37,7 +37,8 @@ CLOCKS = {
     "LEADER_RENEW_S": "0.4",
     "POLL_S": "0.5",
     "TICK_S": "0.5",
-    "TICK_SCHEDULER_S": "0.1",
+    "DECIDE_S": "0.1",
+    "SWEEP_S": "0.5",
     "STOP_GRACE_S": "5",
     "LOG_CHUNK_S": "0.5",
 }

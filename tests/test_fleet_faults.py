@@ -117,8 +117,7 @@ def test_two_supervisors_of_one_attempt_run_it_once(running):
     running.node()
     job_id = running.submit("slow", steps=20)
     attempt = running.until(lambda: running.attempts(job_id))[0]
-    second = running.home / "second"
-    environment = dict(os.environ) | {"TUNERY_NODE_ID": str(attempt.node_id)} | _node_environment(running, second)
+    environment = dict(os.environ) | {"TUNERY_NODE_ID": str(attempt.node_id)} | _node_environment(running)
     other = subprocess.run(
         [sys.executable, "-m", "worker.supervisor", str(attempt.id)], env=environment, cwd=ROOT, timeout=60
     )
@@ -235,12 +234,11 @@ def _wire(attempt: Attempt) -> str:
     return ids.encode(ids.ATTEMPT, attempt.id)
 
 
-def _node_environment(running: Fleet, home) -> dict[str, str]:
-    home.mkdir()
+def _node_environment(running: Fleet) -> dict[str, str]:
     return {
         "TUNERY_DATABASE_URL": running.url("tunery_worker"),
         "TUNERY_REDIS_URL": servers().redis_url,
-        "TUNERY_HOME": str(home),
+        "TUNERY_HOME": str(running.home / "node"),
         "TUNERY_TRAINER_MODULE": "tests.fake_trainer",
         "TUNERY_MODEL_STORE": str(running.home / "models"),
     } | servers().s3_node.environment()

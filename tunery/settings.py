@@ -43,6 +43,8 @@ class Clocks(_Settings):
     """An assigned attempt that nobody claims in this time is assigned again."""
     leader_ttl_s: float = 6
     leader_renew_s: float = 2
+    sweep_s: float = 5
+    """How often the reconciler looks for what fell silent."""
     poll_s: float = 5
     """How often a node asks for work without being rung, and says that it lives."""
     tick_s: float = 10
@@ -67,7 +69,8 @@ class ApiSettings(DatabaseSettings, RedisSettings, StorageSettings):
 
 
 class SchedulerSettings(DatabaseSettings, RedisSettings, Clocks):
-    tick_scheduler_s: float = 0.5
+    decide_s: float = 0.5
+    """Pause between two passes of the policy, and between two looks into the outbox."""
 
 
 class NodeSettings(DatabaseSettings, RedisSettings, StorageSettings, Clocks):

@@ -45,7 +45,11 @@ class Recorder:
         self._over.set()
         self._thread.join(timeout=60)
         while self._waiting:
-            persist("storing events", self._flush, grace_s)
+            try:
+                persist("storing events", self._flush, grace_s)
+            except DBAPIError:
+                log.exception("an event batch was refused")
+                self._skip_batch()
 
     def _run(self) -> None:
         while not self._over.wait(_EVERY_S):

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -40,6 +41,8 @@ from worker.workspace import Work, Workspace
 log = structlog.get_logger(__name__)
 
 _CANCEL_GRACE_S = 20
+_CONNECT_S = 120
+"""A trainer connects before it loads anything heavy."""
 _HANG_S = 1800
 """A trainer that says nothing at all for so long is hung. Loading a large model from a cold disk takes minutes."""
 
@@ -73,13 +76,15 @@ class Supervisor:
         self._logs = LogUploads(work, workspace, storage, sessions, settings)
         self._connection: socket.socket | None = None
         self._telling = threading.Lock()
+        self._untold: Stop | None = None
+        self._shutdown = False
         self._fenced = False
         self._stop: StopReason | None = None
         self._kill_at: float | None = None
 
     def run(self) -> None:
         """Everything between the claim and the end of the attempt. Never raises: every path ends somewhere."""
-        signal.signal(signal.SIGTERM, lambda *_: self._inbox.put_nowait(StopReason.SHUTDOWN))
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         signal.signal(signal.SIGUSR1, lambda *_: self._keeper.poke())
         ending = Ending(self._work, self._workspace, self._storage, self._sessions, self._settings)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -138,8 +143,12 @@ class Supervisor:
     def _listen(self, listener: socket.socket) -> None:
         """Accept the trainer and pass on what it says. The bounded inbox makes a flood wait in the socket."""
         try:
-            self._connection, _ = listener.accept()
-            for line in read_lines(self._connection):
+            connection, _ = listener.accept()
+            with self._telling:
+                self._connection, untold = connection, self._untold
+            if untold is not None:
+                self._tell(untold)
+            for line in read_lines(connection):
                 self._inbox.put(EVENTS.validate_json(line))
         except OSError:
             pass  # closed because the attempt is over
@@ -150,11 +159,15 @@ class Supervisor:
 
     def _watch(self) -> Event | NoOutcome:
         """Until the trainer has said how it ended, or is gone, or has to go."""
-        heard = time.monotonic()
+        began = heard = time.monotonic()
         while True:
+            if self._shutdown and self._stop is None:
+                self._ask_to_stop(StopReason.SHUTDOWN)
             try:
-                said = self._inbox.get(timeout=1)
+                said = self._inbox.get(timeout=0.5)
             except queue.Empty:
+                if self._connection is None and time.monotonic() - began > _CONNECT_S:
+                    return NoOutcome(self._trainer.exit_code(), self._trainer.lost)
                 if (code := self._trainer.exit_code()) is not None:
                     return self._drain(NoOutcome(code, self._trainer.lost))
                 if self._kill_at is not None and time.monotonic() > self._kill_at:
@@ -214,17 +227,14 @@ class Supervisor:
         self._tell(Stop(reason=reason, checkpoint=not cancelled, deadline_s=grace))
 
     def _tell(self, command: Command) -> None:
-        connection = self._connection
-        if connection is None:
-            # a trainer that has not connected yet hears of a stop as soon as it has: see below
-            if isinstance(command, Stop):
-                threading.Timer(0.2, self._tell, args=(command,)).start()
-            return
-        try:
-            with self._telling:
-                send_line(connection, command)
-        except OSError:
-            pass  # its end is noticed by the reader
+        with self._telling, suppress(OSError):  # a closed end is noticed by whoever reads it
+            if self._connection is not None:
+                send_line(self._connection, command)
+            elif isinstance(command, Stop):
+                self._untold = command  # said as soon as somebody listens
+
+    def _on_sigterm(self, _number: int, _frame: object) -> None:
+        self._shutdown = True  # a full inbox must not swallow it
 
 
 def main(attempt: str) -> int:
