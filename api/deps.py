@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request, Security
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from sqlalchemy.orm import Session
 
 from tunery import db, ids, tenancy
@@ -24,19 +24,18 @@ PUBLIC = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"}
 _bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer ftk_live_...`")
 
 
-def authenticate(
-    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None
-) -> None:
+def authenticate(request: Request) -> None:
     """Applied to the whole app. The key is looked up in a transaction of its own, before any project is known."""
-    if request.url.path in PUBLIC:
+    if request.scope["path"] in PUBLIC:
         return
-    if given is None:
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
         fix = "Send the header 'Authorization: Bearer <key>'."
         raise Unauthenticated("You did not provide an API key.", fix=fix)
     app = request.app.state
     with db.transaction(app.sessions) as session:
         pepper = app.settings.key_pepper.get_secret_value()
-        request.state.identity = tenancy.authenticate(session, given.credentials, pepper)
+        request.state.identity = tenancy.authenticate(session, key.strip(), pepper)
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Scope:
     name: str | None
     """None: any valid key will do."""
 
-    def __call__(self, request: Request) -> None:
+    def __call__(self, request: Request, _shown_in_the_document: Annotated[Any, Security(_bearer)] = None) -> None:
         if self.name is not None:
             request.state.identity.require(self.name)
 

@@ -43,9 +43,6 @@ MULTIPART = {
     }
 }
 
-OPEN = {"security": []}
-"""For the few routes that need no key."""
-
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Declare what may go wrong."""

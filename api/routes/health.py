@@ -11,20 +11,19 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import text
 
-from api.documentation import OPEN
 from tunery.db import Sessions
 
 router = APIRouter(tags=["Operations"])
 READY_WITHIN_S = 3.0
 
 
-@router.get("/healthz", openapi_extra=OPEN)
+@router.get("/healthz")
 async def healthz() -> dict[str, str]:
     """The process answers."""
     return {"status": "ok"}
 
 
-@router.get("/readyz", openapi_extra=OPEN, responses={503: {"description": "`parts` says what is not ready."}})
+@router.get("/readyz", responses={503: {"description": "`parts` says what is not ready."}})
 async def readyz(request: Request) -> JSONResponse:
     """Database and object store answer; 503 and the name of the part otherwise."""
     checks = {"database": partial(_ask_database, request.app.state.sessions), "storage": request.app.state.storage.ping}
@@ -37,7 +36,7 @@ async def readyz(request: Request) -> JSONResponse:
     return JSONResponse(body, 200 if ready else 503)
 
 
-@router.get("/metrics", openapi_extra=OPEN, response_class=Response)
+@router.get("/metrics", response_class=Response)
 async def metrics() -> Response:
     """Prometheus' text format."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
