@@ -2,7 +2,7 @@
 
     PYTHON=python3.12      another interpreter (3.11 or later)
     TORCH=host             keep the torch that this interpreter already has
-    TORCH_INDEX=URL        an extra index for torch alone, such as https://download.pytorch.org/whl/cpu
+    TORCH_INDEX=URL        an extra index for torch alone, such as PyTorch's own for CPU builds
 
 pip's own environment and configuration (PIP_FIND_LINKS, PIP_INDEX_URL, ...) are honoured. An older Python 3 may run
 this file; the virtualenv gets a newer one.
