@@ -141,6 +141,17 @@ def test_curl_sees_the_413(api_url: str, project: Tenant, tmp_path: Path, left_b
     assert left_behind() == []
 
 
+def test_a_client_that_reads_only_after_it_has_sent_everything_sees_the_413(api_url: str, project: Tenant) -> None:
+    """Closing on it at once would reset the connection, and it would never learn why."""
+    place = urlsplit(api_url)
+    connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=20)
+    headers = {"authorization": f"Bearer {project.key}", "content-type": "multipart/form-data; boundary=x"}
+    connection.request("POST", "/v1/files", b"z" * 32 * 1024 * 1024, headers)
+    answer = connection.getresponse()
+    assert answer.status == 413 and json.loads(answer.read())["error"]["code"] == "file_too_large"
+    connection.close()
+
+
 def test_an_upload_without_a_key_is_refused_before_it_is_read(api_url: str, project: Tenant) -> None:
     """The server answers although not one byte of the announced body has come."""
     place = urlsplit(api_url)
