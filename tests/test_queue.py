@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import delete, func, select, text, update
+from sqlalchemy.exc import IntegrityError
 
 from tests import factories
-from tests.factories import GIB, Database, FleetNode, Tenant
+from tests.factories import GIB, Database, FleetNode, Tenant, Work
 from tunery import queue
 from tunery.contracts.scheduling import Start, Wait
 from tunery.db import Sessions, transaction
@@ -183,3 +184,43 @@ def test_two_live_attempts_of_one_job_cannot_be(
         assert session.scalar(query) == 1
         assert session.get_one(Job, work.job_id).fence == work.fence
     assert factories.free_bytes(other) == other.usable_bytes and uuid.UUID(int=0) != work.attempt_id
+
+
+def test_a_gpu_cannot_be_given_away_twice(project: Tenant, database: Database, base_model: str) -> None:
+    """Not by a scheduler that is wrong, nor by two at once: the schema refuses."""
+    node = factories.node(database, slots=4, usable_bytes=8 * GIB)
+    first = factories.assign(factories.queued(project, node), gpu_bytes=5 * GIB, exclusive=False)
+    for exclusive, size in ((False, 4 * GIB), (True, 0)):
+        second = factories.queued(project, node)
+        with pytest.raises(IntegrityError, match="not_overcommitted"):
+            factories.assign(second, gpu_bytes=size, exclusive=exclusive)
+        assert factories.look(second).fence == 0
+    factories.assign(second, gpu_bytes=3 * GIB, exclusive=False)
+    assert factories.free_bytes(node) == 0
+    factories.cancel(first)
+    assert factories.free_bytes(node) == 5 * GIB
+
+
+def test_a_race_for_one_gpu_has_one_winner(project: Tenant, database: Database, base_model: str) -> None:
+    node = factories.node(database, slots=8)
+    works = [factories.queued(project, node) for _ in range(8)]
+    together = threading.Barrier(8)
+
+    def take(work: Work) -> bool:
+        try:
+            with transaction(database.sessions("tunery_scheduler")) as session:
+                session.execute(select(1))
+                together.wait(10)
+                return queue.assign(session, Start(work.job_id, node.id, node.gpu_ids, GIB)) is not None
+        except IntegrityError:
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(take, works)) == 1
+
+
+def test_a_node_has_as_many_attempts_as_slots(project: Tenant, database: Database, base_model: str) -> None:
+    node = factories.node(database, slots=1)
+    factories.assign(factories.queued(project, node), gpu_bytes=GIB, exclusive=False)
+    with pytest.raises(queue.NodeFull):
+        factories.assign(factories.queued(project, node), gpu_bytes=GIB, exclusive=False)
