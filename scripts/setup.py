@@ -146,7 +146,7 @@ def announce_torch() -> None:
         say("torch: the CUDA build with its libraries, about 3 GB to download, once")
     else:
         say("torch: no NVIDIA driver here, yet the index's build brings CUDA's libraries: about 3 GB to download.")
-        say("       The CPU build has 200 MB: make TORCH_INDEX=https://download.pytorch.org/whl/cpu")
+        say("       The CPU build has 200 MB; PyTorch's installation page names its index: make TORCH_INDEX=URL")
 
 
 def local_cpu_wheel() -> bool:
