@@ -88,6 +88,7 @@ class Loop(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Send a step's numbers under Hugging Face's names."""
+        state.log_history.clear()  # ours are in the events; theirs would grow in memory and in every checkpoint
         if not logs or "loss" not in logs:  # the summary at the end of the loop, which knows nothing new
             return
         if not torch.isfinite(torch.tensor([logs["loss"], logs.get("grad_norm", 0.0)])).all():

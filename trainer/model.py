@@ -84,7 +84,7 @@ def add_adapter(model: Any, spec: TrainingSpec) -> PeftModel:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
-        lora_alpha=lora.lora_alpha,  # pyright: ignore[reportArgumentType] - an int there, a float works as well
+        lora_alpha=_whole(lora.lora_alpha),
         lora_dropout=lora.lora_dropout,
         target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
         bias=lora.bias,
@@ -157,6 +157,11 @@ def base_facts(path: str) -> dict[str, Any]:
         return {}
     facts = json.loads(file.read_text())
     return {key: facts[key] for key in ("source", "source_sha256", "revision", "license") if key in facts}
+
+
+def _whole(value: float) -> Any:
+    """32 rather than 32.0: PEFT calls it an int, and servers may check."""
+    return int(value) if value == int(value) else value
 
 
 def _unmatched(names: Iterable[str], modules: set[str]) -> list[str]:
