@@ -26,7 +26,7 @@ def test_the_live_line_says_everything_where_there_is_room() -> None:
 
 @pytest.mark.parametrize("percent", [-1, 0, 0.1, 33.3, 50, 99.9, 100, 250])
 def test_the_bar_keeps_its_length(percent: float) -> None:
-    assert sum(len(text) for text, _ in bar(percent)) == 22
+    assert sum(len(text) for text, _ in bar(percent, 22)) == 22
 
 
 def test_values_that_are_no_numbers_are_shown_as_they_are() -> None:

@@ -109,30 +109,49 @@ def live_line(job: "Job", width: int, spin: "Text") -> "Text":
     """Made to fit: what matters least leaves first, so that it never wraps."""
     from rich.text import Text
 
+    line = Text("")
     state, progress = state_of(job), progress_of(job)
-    head = Text.assemble(spin, " ", (short_id(job["id"]), "bold"), " ", (state, STATE_COLOUR.get(state, "")))
-    parts: list[Text] = []
-    if state == "running" and progress.get("total_steps"):
-        phase = progress.get("phase")
-        if phase and phase != "training":
-            parts.append(Text(phase, style="cyan"))
-        parts.append(Text.assemble(f"{measures(progress)[0]} ", *bar(percent(progress)), f" {percent(progress):.0f}%"))
-        parts += [Text(part) for part in measures(progress)[1:]]
-    else:
-        waits = waiting_for(job) or progress.get("phase")
-        parts += [Text(one_line(waits), style="dim")] if waits else []
-    line = Text("  ").join([head, *parts])
-    while len(parts) > 1 and line.cell_len > width:
-        parts.pop(-2 if len(parts) > 3 else -1)  # the time left stays longer than the measures before it
+    running = state == "running" and bool(progress.get("total_steps"))
+    for bar_width, with_id, with_eval in _SHAPES:
+        head = Text.assemble(spin, " ")
+        if with_id:
+            head.append(f"{short_id(job['id'])} ", "bold")
+        head.append(state, STATE_COLOUR.get(state, ""))
+        parts = _running_parts(progress, bar_width, with_eval) if running else _waiting_parts(job, progress)
         line = Text("  ").join([head, *parts])
+        if line.cell_len <= width:
+            break
     line.truncate(width, overflow="ellipsis")
     return line
 
 
-def bar(done_percent: float) -> list[tuple[str, str]]:
-    halves = round(min(100.0, max(0.0, done_percent)) / 100 * BAR * 2)
+_SHAPES = ((BAR, True, True), (10, True, True), (10, False, True), (10, False, False), (0, False, False))
+"""Width of the bar, the job's id, the evaluation: given up in this order. Step, loss, speed and time left stay."""
+
+
+def _running_parts(progress: "Progress", bar_width: int, with_eval: bool) -> "list[Text]":
+    from rich.text import Text
+
+    step, *rest = [part for part in measures(progress) if with_eval or not part.startswith("eval")]
+    drawn = [*bar(percent(progress), bar_width), " "] if bar_width else []
+    parts = [Text.assemble(f"{step} ", *drawn, f"{percent(progress):.0f}%")]
+    phase = progress.get("phase")
+    if phase and phase != "training":
+        parts.insert(0, Text(phase, style="cyan"))
+    return parts + [Text(part) for part in rest]
+
+
+def _waiting_parts(job: "Job", progress: "Progress") -> "list[Text]":
+    from rich.text import Text
+
+    waits = waiting_for(job) or progress.get("phase")
+    return [Text(one_line(waits), style="dim")] if waits else []
+
+
+def bar(done_percent: float, width: int) -> list[tuple[str, str]]:
+    halves = round(min(100.0, max(0.0, done_percent)) / 100 * width * 2)
     full, half = divmod(halves, 2)
-    return [("━" * full + "╸" * half, "green"), ("━" * (BAR - full - half), "bright_black")]
+    return [("━" * full + "╸" * half, "green"), ("━" * (width - full - half), "bright_black")]
 
 
 def percent(progress: "Progress") -> float:
