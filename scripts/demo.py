@@ -64,7 +64,6 @@ def show(job_id: str, seconds: float) -> None:
     version = newest_version()
     say(f"\neval loss {before['eval/loss']:.3f} -> {after['eval/loss']:.3f}")
     say(f"exact match {before['eval/exact_match']:.0%} -> {after['eval/exact_match']:.0%}  (held-out rows)")
-    samples([item for item in data if item.get("kind") == "sample"])
     say("\nThe adapter")
     say(f"  name    {version['model_name']}  (adapter '{NAME}', version {version['version']})")
     say(f"  size    {version['bytes'] / 1e6:.1f} MB")
@@ -86,18 +85,6 @@ def evaluation(data: list[dict[str, Any]], when: str) -> dict[str, float]:
 
 def newest_version() -> dict[str, Any]:
     return read("adapters", "show", NAME)["versions"][0]
-
-
-def samples(said: list[dict[str, Any]]) -> None:
-    for index in sorted({item["index"] for item in said}):
-        answers = {item["model"]: item for item in said if item["index"] == index}
-        one = answers.get("tuned") or answers["base"]
-        say(f"\n  {one['prompt'].strip()}")
-        for model in ("base", "tuned"):
-            if model in answers:
-                lines = answers[model]["output"].strip().splitlines() or [""]
-                say(f"    {model:5}  {lines[0][:100]}{' ...' if len(lines) > 1 or len(lines[0]) > 100 else ''}")
-        say(f"    wanted {one['expected'].strip()[:100]}")
 
 
 def say(text: str) -> None:
