@@ -221,6 +221,11 @@ class Server:
         self.base_models = [base_model("ready")] if found else []
         return reply(found) if found else None
 
+    def _models(self, _: str, rest: list[str], __: dict[str, str], ___: bytes) -> Answer | None:
+        if rest == ["nope"]:
+            return None
+        return reply({"id": "/".join(rest), "object": "model", "created": 0, "owned_by": "tunery"})
+
     def _adapters(self, _: str, rest: list[str], query: dict[str, str], __: bytes) -> Answer | None:
         if not rest:
             return page(self.adapters, query)

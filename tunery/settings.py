@@ -65,7 +65,8 @@ class ApiSettings(DatabaseSettings, RedisSettings, StorageSettings):
     max_file_bytes: int = 512 * MIB
     max_live_jobs: int = 1000
     """Jobs of one project that have not ended."""
-    docs_url: str = "https://github.com/tunery/tunery/blob/main/docs/errors.md"
+    docs_url: str = "docs/errors.md"
+    """What errors point to: this page of the checkout, or wherever you publish it."""
 
 
 class SchedulerSettings(DatabaseSettings, RedisSettings, Clocks):

@@ -28,7 +28,7 @@ Examples:
 Data goes to stdout, everything else to stderr; --json prints one document.
 Exit codes: 0 ok, 1 other, 2 usage, 3 job failed, 4 not allowed, 5 not found, 6 invalid,
 7 quota or rate limit, 8 wait timed out, 9 unreachable, 10 job cancelled, 130 interrupted.
-Learn more: https://github.com/tunery/tunery/tree/main/docs
+Learn more: docs/README.md
 """
 
 

@@ -16,7 +16,7 @@ from tunery.cli.terminal import clean, paint, say
 if TYPE_CHECKING:
     from tunery.client.errors import APIError, TuneryError
 
-DOCS = "https://github.com/tunery/tunery/blob/main/docs/errors.md"
+DOCS = "docs/errors.md"
 SHOWN_REASONS = 20
 
 

@@ -89,6 +89,8 @@ def create(
 
 
 def _submit(api: "Client", body: dict[str, Any], local: dict[str, Path]) -> "Job":
+    if local:
+        api.model(body["model"])  # a name that does not exist should not leave an uploaded file behind
     uploaded: dict[Path, str] = {}
     for name in ("training_file", "validation_file"):
         if name in local:
