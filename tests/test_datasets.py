@@ -31,7 +31,8 @@ def test_alpaca_rows_become_the_prompts_of_the_paper_byte_for_byte():
     assert report.errors == []
     assert made[0] == {
         "prompt": "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n### Instruction:\nName a colour.\n\n### Response:\n",
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nName a colour.\n\n### Response:\n",
         "completion": "Red.",
     }
     assert made[1]["prompt"] == (
