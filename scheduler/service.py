@@ -5,18 +5,21 @@ transaction that decides carries this leader's epoch; a scheduler that was depos
 """
 
 import threading
+import uuid
 from collections.abc import Callable
 
 import structlog
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from scheduler.policy import schedule
-from tunery import leases, outbox, queue, tasks
+from tunery import catalogue, jobs, leases, outbox, queue, tasks
 from tunery.db import Sessions, transaction
 from tunery.dispatch import Doorbell
 from tunery.queue import Deposed
 from tunery.settings import SchedulerSettings
+from tunery.states import FailureCode
 
 log = structlog.get_logger(__name__)
 
@@ -124,6 +127,7 @@ class Scheduler:
             expired = queue.expired_attempts(session, clocks.lost_grace_s)
             unclaimed = queue.unclaimed_attempts(session, clocks.claim_timeout_s)
             stranded = queue.stranded_attempts(session, clocks.silent_node_s)
+            late_tasks = tasks.expired(session, clocks.lost_grace_s)
             outbox.sweep(session)
         for attempt_id in expired:
             with transaction(self._sessions) as session:
@@ -138,7 +142,19 @@ class Scheduler:
             with transaction(self._sessions) as session:
                 queue.assert_leader(session, epoch)
                 leases.release(session, attempt_id)
-        with transaction(self._sessions) as session:
-            queue.assert_leader(session, epoch)
-            for task in tasks.expired(session, clocks.lost_grace_s):
-                tasks.fail(task, "the node stopped renewing its lease", retry=True)
+        for task_id, job_id in late_tasks:
+            with transaction(self._sessions) as session:
+                queue.assert_leader(session, epoch)
+                self._take_back(session, task_id, job_id)
+
+    def _take_back(self, session: Session, task_id: uuid.UUID, job_id: uuid.UUID | None) -> None:
+        """A task whose node fell silent: another try, or, when its tries are used up, the end of what it was for."""
+        job = jobs.lock(session, job_id) if job_id else None
+        task = tasks.lock_expired(session, task_id, self._settings.lost_grace_s)
+        if task is None or not tasks.fail(task, "its node stopped renewing the lease", retry=True):
+            return
+        if job is not None:
+            message = f"The data check was lost {tasks.MAX_TRIES} times."
+            leases.reject(session, job, FailureCode.INTERNAL, message, "training_file")
+        if task.base_model_id is not None:
+            catalogue.failed(catalogue.by_id(session, task.base_model_id), task.error or "")

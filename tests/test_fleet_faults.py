@@ -17,7 +17,7 @@ from tests.servers import servers
 from tunery import ids, leases, queue
 from tunery.contracts.scheduling import Start
 from tunery.dispatch import queue_name
-from tunery.models import Attempt, Engine, Gpu, Node, Slot
+from tunery.models import Attempt, Checkpoint, Engine, Gpu, Node, Slot
 
 
 @pytest.fixture
@@ -75,6 +75,44 @@ def test_a_job_is_lost_and_goes_on_when_its_whole_node_falls_silent(running):
     assert (first.state, first.failure_code) == ("lost", "worker_lost")
     assert second.node_id != first.node_id
     assert_versions_and_steps(running, job_id)
+
+
+def test_a_poke_right_after_the_claim_does_not_end_the_supervisor(running):
+    running.node()
+    job_id = running.submit("ok", steps=3)
+    claimed = select(Attempt.id).where(Attempt.job_id == job_id, Attempt.state == "claimed")
+
+    def look():
+        with running.look() as session:
+            return session.scalar(claimed)
+
+    os.kill(running.supervisor_pid(running.until(look)), signal.SIGUSR1)
+    assert running.ends(job_id) == "succeeded"
+    assert len(running.attempts(job_id)) == 1
+
+
+def test_a_checkpoint_whose_object_is_gone_gives_way_to_an_older_one(running):
+    node = running.node()
+    job_id = running.submit("slow", steps=40)
+    running.until(lambda: running.newest_checkpoint(job_id) >= 20)
+    node.kill()
+    node.wait()
+    (attempt,) = running.attempts(job_id)
+    os.kill(running.supervisor_pid(attempt.id), signal.SIGKILL)
+    newest = running.newest_checkpoint(job_id)
+    with running.look() as session:
+        lost = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.step == newest)
+        prefix = session.scalars(lost).one().object_prefix
+    for key in list(running.storage.keys(f"{prefix}/")):
+        running.storage.delete(key)
+    orphan = running.home / "node" / "attempts" / str(uuid.uuid4())
+    (orphan / "checkpoints").mkdir(parents=True)
+    running.node()
+    assert running.ends(job_id) == "succeeded"
+    made = running.attempts(job_id)
+    assert [one.failure_code for one in made] == ["worker_lost", "corrupt_checkpoint", None]
+    assert made[2].start_step == newest - 10
+    assert not orphan.exists()
 
 
 def test_a_suspended_supervisor_is_fenced_and_its_trainer_is_gone(running):

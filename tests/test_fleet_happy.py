@@ -162,6 +162,15 @@ def test_a_running_job_is_cancelled_promptly_and_keeps_nothing(running):
     assert running.versions(job_id) == []
 
 
+def test_a_trainer_that_talks_on_and_ignores_a_stop_is_killed(running):
+    job_id = running.submit("deaf", steps=400, save_steps=1000)
+    running.until(lambda: running.step(job_id) > 2)
+    with transaction(lambda: for_project(running.api, running.project_id)) as session:
+        leases.cancel(session, running.project_id, job_id)
+    assert running.ends(job_id, 20) == "cancelled"
+    running.until(running.nothing_held, 5)
+
+
 def test_a_flood_of_metrics_neither_stops_the_job_nor_fills_the_disk(running):
     job_id = running.submit("flood", steps=5)
     assert running.ends(job_id) == "succeeded"

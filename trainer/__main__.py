@@ -4,14 +4,10 @@ Started by a supervisor (`TUNERY_SUPERVISOR_PID` is set) it dies with it. The pa
 thread that started us, so a supervisor starts trainers from a thread that lives as long as they do.
 """
 
-import ctypes
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
-
-PR_SET_PDEATHSIG = 1
 
 # Before any import that reads them: no network, no telemetry, no threads that a fork would lose.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,11 +19,12 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # CPU threads that wait must sleep: spinning, they halve the speed as soon as anything else wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from pydantic import ValidationError  # noqa: E402
+from pydantic import ValidationError
 
-from trainer.failures import classify, exit_code  # noqa: E402
-from trainer.session import Session  # noqa: E402
-from tunery.contracts.events import (  # noqa: E402
+from trainer.failures import classify, exit_code
+from trainer.parent import die_with
+from trainer.session import Session
+from tunery.contracts.events import (
     EXIT_OK,
     EXIT_OURS,
     EXIT_STOPPED,
@@ -37,7 +34,7 @@ from tunery.contracts.events import (  # noqa: E402
     Finished,
     Stopped,
 )
-from tunery.contracts.spec import TrainingSpec  # noqa: E402
+from tunery.contracts.spec import TrainingSpec
 
 
 def main(arguments: list[str]) -> int:
@@ -65,14 +62,6 @@ def main(arguments: list[str]) -> int:
     if isinstance(outcome, Finished):
         return EXIT_OK
     return EXIT_STOPPED if isinstance(outcome, Stopped) else exit_code(outcome.code)
-
-
-def die_with(supervisor: str | None) -> bool:
-    """Ask the kernel to kill us with our parent; False if that parent is gone already. By hand there is none."""
-    if supervisor is None:
-        return True
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    return os.getppid() == int(supervisor)
 
 
 def _attempt(spec: TrainingSpec, session: Session) -> Finished | Stopped | Failed:

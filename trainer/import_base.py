@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from trainer import manifest
 from trainer.base_rules import Refused, refuse_unsafe
+from trainer.parent import die_with
 from tunery.contracts.events import EXIT_OK, EXIT_OURS
 
 ARCHITECTURE = (
@@ -30,6 +31,8 @@ ARCHITECTURE = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    if not die_with(os.environ.get("TUNERY_PARENT_PID")):
+        return EXIT_OURS
     try:
         arguments = _parse(argv)
         base = import_base(arguments)

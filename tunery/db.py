@@ -45,6 +45,7 @@ def make_engine(url: str, *, pool_size: int = 5, statement_timeout_s: float = 30
         max_overflow=pool_size,
         pool_pre_ping=True,
         pool_recycle=1800,
+        hide_parameters=True,  # prompts and samples are tenants' data and do not belong into a log
         connect_args={
             "connect_timeout": 5,
             "options": options,

@@ -52,7 +52,11 @@ class Held:
 def claim(session: Session, attempt_id: uuid.UUID, claimed_by: str, lease_s: float) -> Held | None:
     """Take an assigned attempt and start its job, or learn that it is not to be had. The idempotency point."""
     held = _lock(session, attempt_id)
-    if held is None or held.attempt.state != AttemptState.ASSIGNED:
+    if held is None:
+        return None
+    if held.attempt.state == AttemptState.CLAIMED and held.attempt.claimed_by == claimed_by:
+        return held  # a retry after a lost reply
+    if held.attempt.state != AttemptState.ASSIGNED:
         return None
     if held.job.state != JobState.QUEUED or held.job.fence != held.attempt.fence:
         return None
@@ -69,7 +73,8 @@ def renew(session: Session, attempt_id: uuid.UUID, fence: int, lease_s: float) -
     """Keep the lease; the reply says whether the attempt should stop. Raises Fenced."""
     row = session.execute(
         text(
-            "UPDATE attempts SET lease_expires_at = now() + make_interval(secs => :ttl) "
+            "UPDATE attempts SET lease_expires_at = now() + make_interval(secs => :ttl), state = CASE "
+            "WHEN stop_reason IS NOT NULL AND state IN ('claimed', 'running') THEN 'stopping' ELSE state END "
             "WHERE id = :id AND fence = :fence AND state IN ('claimed', 'running', 'stopping', 'publishing') "
             "RETURNING stop_reason"
         ),
@@ -99,22 +104,20 @@ def mark_running(session: Session, held: Held) -> None:
             held.job.started_at = func.now()
 
 
-def mark_stopping(held: Held) -> None:
-    if held.attempt.state in (AttemptState.CLAIMED, AttemptState.RUNNING):
-        _move_attempt(held.attempt, AttemptState.STOPPING)
-
-
-def begin_publishing(session: Session, held: Held) -> None:
+def begin_publishing(session: Session, held: Held, *, still_holds_gpu: bool = False) -> None:
     """Training is over and the trainer gone: the GPU goes back, the lease stays while the result is stored."""
+    if held.attempt.state == AttemptState.PUBLISHING:
+        return  # a retry after a lost reply
     mark_running(session, held)
     _move_attempt(held.attempt, AttemptState.PUBLISHING)
     session.flush()
-    release(session, held.attempt.id)
+    if not still_holds_gpu:
+        release(session, held.attempt.id)
 
 
-def succeed(session: Session, held: Held, tokens: int) -> None:
+def succeed(session: Session, held: Held, tokens: int, *, still_holds_gpu: bool = False) -> None:
     """The result is published in this same transaction."""
-    _end_attempt(session, held.attempt, AttemptState.SUCCEEDED)
+    _end_attempt(session, held.attempt, AttemptState.SUCCEEDED, keep_gpus=still_holds_gpu)
     _move_job(session, held.job, JobState.SUCCEEDED)
     held.job.trained_tokens = tokens
     told = [
@@ -124,10 +127,10 @@ def succeed(session: Session, held: Held, tokens: int) -> None:
     events.append(session, held.job, told)
 
 
-def stopped(session: Session, held: Held, reason: StopReason) -> None:
+def stopped(session: Session, held: Held, reason: StopReason, *, still_holds_gpu: bool = False) -> None:
     """The trainer stopped because it was asked to; what follows depends on what the user wants by now."""
     state = AttemptState.CANCELLED if held.job.state == JobState.CANCELLING else AttemptState.PREEMPTED
-    _end_attempt(session, held.attempt, state)
+    _end_attempt(session, held.attempt, state, keep_gpus=still_holds_gpu)
     _after_stop(session, held.job, f"Attempt {held.attempt.no} stopped ({reason})")
 
 

@@ -66,7 +66,8 @@ def store_checkpoint(
         "metrics": json_safe(said.metrics),
     }
     checkpoint = Checkpoint(**row)
-    if session.scalar(select(Checkpoint.id).where(Checkpoint.job_id == held.job.id, Checkpoint.step == said.step)):
+    same = (Checkpoint.job_id == held.job.id, Checkpoint.step == said.step, Checkpoint.deleted_at.is_(None))
+    if session.scalar(select(Checkpoint.id).where(*same)):
         return  # a retry after a lost reply
     session.add(checkpoint)
     session.flush()

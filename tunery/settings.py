@@ -1,8 +1,9 @@
 """Settings of each program: read once from the environment in its entry point, then passed down."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
@@ -49,12 +50,20 @@ class Clocks(_Settings):
     """How often a node asks for work without being rung, and says that it lives."""
     tick_s: float = 10
     """How often a supervisor tells its trainer that it lives."""
-    silent_node_s: float = 900
+    silent_node_s: float = 1200
     """GPUs of a node that says nothing are freed after this: a fenced trainer may still be on them."""
     outage_grace_s: float = 900
     """A trainer goes on for so long while the database cannot be reached."""
     stop_grace_s: float = 120
     """A trainer asked to stop is killed after this."""
+
+    @model_validator(mode="after")
+    def _devices_outlast_trainers(self) -> Self:
+        """A silent node's trainer may live through the whole grace; its devices must not be given away before."""
+        least = self.outage_grace_s + self.stop_grace_s + 60
+        if self.silent_node_s < least:
+            raise ValueError(f"TUNERY_SILENT_NODE_S must be at least outage_grace_s + stop_grace_s + 60 = {least:.0f}")
+        return self
 
 
 class ApiSettings(DatabaseSettings, RedisSettings, StorageSettings):

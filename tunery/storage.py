@@ -69,7 +69,10 @@ class Storage:
     def read(self, key: str, start: int = 0) -> Iterator[bytes]:
         """The object's bytes from `start`, in blocks."""
         extra = {"Range": f"bytes={start}-"} if start else {}
-        body = self._do(lambda: self._client.get_object(Bucket=self.bucket, Key=key, **extra))["Body"]
+        try:
+            body = self._do(lambda: self._client.get_object(Bucket=self.bucket, Key=key, **extra))["Body"]
+        except KeyError:
+            raise KeyError(key) from None
         try:
             yield from body.iter_chunks(_BLOCK)
         except _FAULTS as error:

@@ -92,15 +92,22 @@ def fail(task: Task, error: str, *, retry: bool) -> bool:
     return True
 
 
-def expired(session: Session, grace_s: float) -> list[Task]:
-    """Leased tasks whose node fell silent, locked. A lease may be picked up again by anyone: tasks hold no GPU."""
+def expired(session: Session, grace_s: float) -> list[tuple[uuid.UUID, uuid.UUID | None]]:
+    """Leased tasks whose node fell silent, and their jobs. Not locked: a job is locked before its task."""
     late = Task.lease_expires_at < func.now() - timedelta(seconds=grace_s)
-    return list(session.scalars(select(Task).where(Task.state == "leased", late).with_for_update(skip_locked=True)))
+    return list(session.execute(select(Task.id, Task.job_id).where(Task.state == "leased", late)).tuples())
+
+
+def lock_expired(session: Session, task_id: uuid.UUID, grace_s: float) -> Task | None:
+    """The task, locked, if its lease is still over."""
+    late = Task.lease_expires_at < func.now() - timedelta(seconds=grace_s)
+    return session.scalar(select(Task).where(Task.id == task_id, Task.state == "leased", late).with_for_update())
 
 
 def give_back(session: Session, node_id: uuid.UUID) -> None:
     """A node that stops, or starts anew, runs none of the tasks it had: others may take them at once."""
-    mine = (Task.node_id == node_id, Task.state == "leased")
+    # one that has used up its tries keeps its lease: the sweep ends it, and its job with it
+    mine = (Task.node_id == node_id, Task.state == "leased", Task.tries < MAX_TRIES)
     session.execute(update(Task).where(*mine).values(state="queued", lease_expires_at=None))
 
 

@@ -1,6 +1,7 @@
 """The node's process: `python -m worker`."""
 
-import sys
+import logging
+import os
 import uuid
 
 import structlog
@@ -48,4 +49,6 @@ def _identity(settings: NodeSettings) -> uuid.UUID:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    logging.shutdown()
+    os._exit(code)  # a task's thread may be in the middle of an import that takes an hour; it is leased, and repeatable

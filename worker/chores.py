@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import Session
 
 from tunery import catalogue, datasets, estimate, jobs, leases, tasks
@@ -31,6 +31,8 @@ from tunery.tasks import Lease, TaskFenced
 from worker import model_store
 
 log = structlog.get_logger(__name__)
+
+_IMPORT_S = 3600
 
 
 class Rejected(Exception):
@@ -70,7 +72,10 @@ class Chores:
             told.info("task done")
         except TaskFenced:
             told.warning("task was taken away")
-        except (Unavailable, CorruptObject, DBAPIError, OSError) as error:
+        except DBAPIError:
+            told.warning("task will be tried again", exc_info=True)
+            self._give_up(lease, "the database did not take the result", retry=True)
+        except (Unavailable, CorruptObject, OSError) as error:
             told.warning("task will be tried again", error=str(error)[:300])
             self._give_up(lease, str(error), retry=True)
         except Exception as error:  # noqa: BLE001 - the edge of a task: the node must go on
@@ -175,7 +180,14 @@ class Chores:
                 command += [f"--{option}", str(wanted[field])]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("TUNERY_")}
         clean["PYTHONPATH"] = str(Path(__file__).parent.parent)
-        done = subprocess.run(command, env=clean, cwd=folder.parent, capture_output=True, text=True, timeout=3600)
+        done = subprocess.run(
+            command,
+            env=clean | {"TUNERY_PARENT_PID": str(os.getpid())},
+            cwd=folder.parent,
+            capture_output=True,
+            text=True,
+            timeout=_IMPORT_S,
+        )
         if done.returncode == 0:
             return None
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
@@ -186,7 +198,8 @@ class Chores:
             return "\n".join(lines[-5:]) or f"the import ended with exit code {done.returncode}"
 
     def _store_base(self, lease: Lease, folder: Path, card: dict[str, Any]) -> None:
-        key = model_store.prefix(lease.base_model_id)
+        # under the fence: an importer that lost its lease must not write over what another one published
+        key = f"a/base/{lease.base_model_id}/{lease.fence}"
         card["files"] = [file.model_dump() for file in manifest(folder)]
         for file in card["files"]:
             self._storage.put_verified(f"{key}/{file['name']}", folder / file["name"], file["sha256"])
@@ -239,7 +252,7 @@ class Chores:
                     )
                 if lease.base_model_id is not None:
                     catalogue.failed(catalogue.by_id(session, lease.base_model_id), problem)
-        except (TaskFenced, DBAPIError) as error:
+        except (TaskFenced, DBAPIError, NoResultFound) as error:  # another node may have the task, and the job, by now
             log.warning("could not hand a task back; its lease runs out", task=str(lease.id), error=str(error)[:200])
 
 

@@ -31,6 +31,7 @@ def claim(session: Session, attempt_id: uuid.UUID, claimed_by: str, lease_s: flo
         model_name=job.model_name,
         base_id=base.id,
         base={**(base.card or {}), "name": base.name},
+        base_prefix=base.object_prefix or "",
         train=(train.object_key, train.sha256),
         validation=(validation.object_key, validation.sha256) if validation else None,
         training_file=inputs.training.id,

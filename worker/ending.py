@@ -26,6 +26,7 @@ from worker.workspace import Work, Workspace
 log = structlog.get_logger(__name__)
 
 _TAIL = 1500
+_TAIL_BYTES = 200_000
 _EXIT_CODES = {
     EXIT_USER: FailureCode.INVALID_SPEC,
     EXIT_MEMORY: FailureCode.OUT_OF_MEMORY,
@@ -53,13 +54,13 @@ class Ending:
         """Publish, requeue, fail or cancel, as the outcome says."""
         match outcome:
             case Finished():
-                self._publish(outcome)
+                self._publish(outcome, trainer_gone)
             case Failed():
                 self.fail(outcome.code, outcome.message, trainer_gone=trainer_gone)
             case Stopped():
-                self._stopped(stop or outcome.reason)
+                self._stopped(stop or outcome.reason, trainer_gone)
             case NoOutcome() if stop is not None or outcome.exit_code == EXIT_STOPPED:
-                self._stopped(stop or StopReason.SHUTDOWN)
+                self._stopped(stop or StopReason.SHUTDOWN, trainer_gone)
             case NoOutcome():
                 code = _EXIT_CODES.get(outcome.exit_code or 0, outcome.lost)
                 self.fail(code, f"{_how(outcome)} {self._tail()}".strip(), trainer_gone=trainer_gone)
@@ -67,36 +68,39 @@ class Ending:
                 raise AssertionError(f"{outcome.type} is no outcome")
 
     def fail(self, code: FailureCode, message: str, *, trainer_gone: bool = True) -> None:
+        told = message[:4000].replace("\0", "\ufffd")  # Postgres stores no NUL, and a log may be full of them
+
         def write() -> None:
             with transaction(self._sessions) as session:
                 held = leases.hold(session, self._work.attempt_id, self._work.fence)
                 if code is FailureCode.CORRUPT_CHECKPOINT:
                     progress.discard_checkpoint(session, held)
-                leases.fail(session, held, code, message[:4000], still_holds_gpu=not trainer_gone)
+                leases.fail(session, held, code, told, still_holds_gpu=not trainer_gone)
 
         log.warning("attempt failed", code=code, reason=message[:300])
         persist("ending the attempt", write, self._settings.outage_grace_s)
 
-    def _stopped(self, reason: StopReason) -> None:
+    def _stopped(self, reason: StopReason, trainer_gone: bool) -> None:
         def write() -> None:
             with transaction(self._sessions) as session:
                 held = leases.hold(session, self._work.attempt_id, self._work.fence)
-                leases.stopped(session, held, reason)
+                leases.stopped(session, held, reason, still_holds_gpu=not trainer_gone)
 
         persist("ending the attempt", write, self._settings.outage_grace_s)
 
-    def _publish(self, finished: Finished) -> None:
+    def _publish(self, finished: Finished, trainer_gone: bool) -> None:
         """Free the GPU, store and verify every file, then publish and succeed in one transaction."""
 
         def begin() -> None:
             with transaction(self._sessions) as session:
-                leases.begin_publishing(session, leases.hold(session, self._work.attempt_id, self._work.fence))
+                held = leases.hold(session, self._work.attempt_id, self._work.fence)
+                leases.begin_publishing(session, held, still_holds_gpu=not trainer_gone)
 
         def commit() -> None:
             with transaction(self._sessions) as session:
                 held = leases.hold(session, self._work.attempt_id, self._work.fence)
                 adapters.publish(session, held, output)
-                leases.succeed(session, held, finished.tokens)
+                leases.succeed(session, held, finished.tokens, still_holds_gpu=not trainer_gone)
 
         persist("publishing", begin, self._settings.outage_grace_s)
         output = adapters.Published(
@@ -105,12 +109,12 @@ class Ending:
         try:
             upload(self._storage, Path(finished.path), finished.files, output.prefix, STORAGE_GRACE_S)
         except (CorruptObject, OSError, KeyError) as error:
-            self.fail(FailureCode.CORRUPT_ARTIFACT, f"The result could not be stored: {error}")
+            message = f"The result could not be stored: {error}"
+            self.fail(FailureCode.CORRUPT_ARTIFACT, message, trainer_gone=trainer_gone)
             return
         except OutageTooLong:
-            self.fail(
-                FailureCode.STORAGE_UNAVAILABLE, "The object store stayed away while the result was to be stored."
-            )
+            message = "The object store stayed away while the result was to be stored."
+            self.fail(FailureCode.STORAGE_UNAVAILABLE, message, trainer_gone=trainer_gone)
             return
         persist("publishing", commit, self._settings.outage_grace_s)
         log.info("published", model=self._work.model_name, prefix=output.prefix)
@@ -119,7 +123,9 @@ class Ending:
         """First and last of what the trainer printed: a traceback's end says what, its beginning sometimes why."""
         if not self._workspace.log.exists():
             return ""
-        text = self._workspace.log.read_bytes()[-200_000:].decode(errors="replace").strip()
+        with self._workspace.log.open("rb") as log_file:
+            log_file.seek(max(0, self._workspace.log.stat().st_size - _TAIL_BYTES))
+            text = log_file.read().decode(errors="replace").replace("\0", "\ufffd").strip()
         if len(text) <= 2 * _TAIL:
             return text
         return f"{text[:_TAIL]}\n...\n{text[-_TAIL:]}"

@@ -1,7 +1,6 @@
-"""The heartbeat of an attempt: the lease in one direction, the tick in the other, on a thread of its own."""
+"""The heartbeat of an attempt: the lease in one direction, the tick in the other, on threads of their own."""
 
 import threading
-import time
 from collections.abc import Callable
 
 import structlog
@@ -34,12 +33,19 @@ class Keeper:
         self._work, self._sessions, self._settings = work, sessions, settings
         self._on_stop, self._on_fenced, self._tick = on_stop, on_fenced, tick
         self._told: StopReason | None = None
+        self._heard = boottime()
         self._wake = threading.Event()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        # two threads: a database that hangs must not keep the tick, or the clock of the outage, from going on
+        self._threads = [
+            threading.Thread(target=self._keep, name="keeper", daemon=True),
+            threading.Thread(target=self._tick_on, name="ticker", daemon=True),
+        ]
 
     def start(self) -> None:
-        self._thread.start()
+        self._heard = boottime()
+        for thread in self._threads:
+            thread.start()
 
     def poke(self) -> None:
         """Renew now: the reply may carry news. Safe in a signal handler."""
@@ -48,24 +54,22 @@ class Keeper:
     def stop(self) -> None:
         self._over.set()
         self._wake.set()
-        self._thread.join(timeout=10)
+        for thread in self._threads:
+            thread.join(timeout=5)
 
-    def _run(self) -> None:
-        heard = boottime()
-        next_renewal = next_tick = time.monotonic()
+    def _keep(self) -> None:
         while not self._over.is_set():
-            now = time.monotonic()
-            if now >= next_tick:
-                self._tick()
-                next_tick = now + self._settings.tick_s
-            if now >= next_renewal or self._wake.is_set():
-                self._wake.clear()
-                if self._renew():
-                    heard = boottime()
-                elif boottime() - heard > self._settings.outage_grace_s:
-                    self._tell(StopReason.OUTAGE)
-                next_renewal = time.monotonic() + self._settings.renew_s
-            self._wake.wait(max(0.05, min(next_tick, next_renewal) - time.monotonic()))
+            self._wake.clear()
+            if self._renew():
+                self._heard = boottime()
+            self._wake.wait(self._settings.renew_s)
+
+    def _tick_on(self) -> None:
+        while not self._over.is_set():
+            self._tick()
+            if boottime() - self._heard > self._settings.outage_grace_s:
+                self._tell(StopReason.OUTAGE)
+            self._over.wait(self._settings.tick_s)
 
     def _renew(self) -> bool:
         """True if the database answered. An answer of no rows means that the attempt is not ours any more."""
@@ -74,6 +78,7 @@ class Keeper:
                 asked = leases.renew(session, self._work.attempt_id, self._work.fence, self._settings.lease_s)
         except Fenced:
             self._over.set()
+            self._wake.set()
             self._on_fenced()
             return True
         except DBAPIError as error:

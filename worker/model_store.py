@@ -10,12 +10,7 @@ from worker import locks
 _DONE = "COMPLETE"
 
 
-def prefix(base_model_id: object) -> str:
-    """Where a base model's files lie in the object store."""
-    return f"a/base/{base_model_id}"
-
-
-def ensure(store: Path, storage: Storage, base_model_id: object, card: dict[str, Any]) -> Path:
+def ensure(store: Path, storage: Storage, base_model_id: object, prefix: str, card: dict[str, Any]) -> Path:
     """The model's folder, complete. Attempts that need the same model wait for one download.
 
     Raises:
@@ -34,7 +29,7 @@ def ensure(store: Path, storage: Storage, base_model_id: object, card: dict[str,
             path = part / file["name"]
             if not path.exists():  # what an earlier try finished is kept: a file appears only once its hash is right
                 path.parent.mkdir(parents=True, exist_ok=True)
-                storage.fetch(f"{prefix(base_model_id)}/{file['name']}", path, file["sha256"])
+                storage.fetch(f"{prefix}/{file['name']}", path, file["sha256"])
         (part / _DONE).touch()
         part.rename(folder)
     return folder

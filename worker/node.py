@@ -5,6 +5,7 @@ them holds, leaves the living alone and ends what is left of the dead.
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,11 +29,13 @@ from tunery.states import AttemptState, FailureCode
 from tunery.storage import Storage
 from worker import inventory, locks, processes
 from worker.chores import Chores
+from worker.patience import passing
 from worker.workspace import Workspace
 
 log = structlog.get_logger(__name__)
 
 _RESPAWN_S = 3.0
+_KEEP_LOGS_S = 7 * 24 * 3600
 
 
 class Replaced(Exception):
@@ -163,13 +166,27 @@ class Node:
                 with transaction(self._sessions) as session:
                     self._register(session)
                     tasks.give_back(session, self._id)
-                break
+                    self._clean_up({str(one.attempt_id) for one in nodes.assigned(session, self._id)})
+                return
             except DBAPIError as error:
+                if not passing(error):
+                    raise  # two nodes of one name, for example: waiting mends nothing
                 log.warning("cannot register yet", error=str(error.orig).strip()[:200])
                 self._wait(1)
-        for name in processes.all_marked():
-            if self._lock(name).exists() and not locks.is_taken(self._lock(name)):
-                processes.end_all(name)
+
+    def _clean_up(self, mine: set[str]) -> None:
+        """What an earlier life left on this disk. Attempts that are still ours are looked after by the poll."""
+        for folder in [path for path in self._attempts.iterdir() if path.is_dir()]:
+            if folder.name in mine or locks.is_taken(self._lock(folder.name)):
+                continue
+            if processes.end_all(folder.name):
+                self._clear(folder.name)
+        store = self._settings.model_store or self._settings.home / "models"
+        for left in (*self._settings.home.glob("rows-*"), *store.glob("*.import-*")):
+            shutil.rmtree(left, ignore_errors=True)
+        for old in self._attempts.glob("*.log"):
+            if time.time() - old.stat().st_mtime > _KEEP_LOGS_S:
+                old.unlink(missing_ok=True)
 
     def _register(self, session: Session) -> None:
         devices = inventory.devices()
@@ -248,6 +265,7 @@ class Node:
 
     def _wake(self) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bell:
+            bell.setblocking(False)  # a full queue wakes the reader just as well, and may be ours to read
             try:
                 bell.sendto(b"wake", self._bell_path)
             except OSError:

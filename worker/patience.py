@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import structlog
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from tunery.errors import Unavailable
 
@@ -56,4 +56,6 @@ _PASSING = ("08", "40", "53", "55P03", "57", "58")
 def passing(error: DBAPIError) -> bool:
     """Is this the server's trouble rather than our statement's? No SQLSTATE at all means that nobody answered."""
     state = getattr(error.orig, "sqlstate", None)
-    return state is None or state.startswith(_PASSING)
+    if state is None:  # the client's own word: it may have refused a value without asking anybody
+        return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+    return state.startswith(_PASSING)

@@ -48,8 +48,7 @@ class Recorder:
             try:
                 persist("storing events", self._flush, grace_s)
             except DBAPIError:
-                log.exception("an event batch was refused")
-                self._skip_batch()
+                self._salvage()
 
     def _run(self) -> None:
         while not self._over.wait(_EVERY_S):
@@ -59,16 +58,18 @@ class Recorder:
                 return  # the keeper finds out for itself, and acts
             except DBAPIError as error:
                 if not passing(error):
-                    log.exception("an event batch was refused")
-                    self._skip_batch()
+                    self._salvage()
                 self._over.wait(1)
             except OutageTooLong:
                 return
 
     def _flush(self) -> None:
+        self._write(_BATCH)
+
+    def _write(self, most: int) -> None:
         with self._writing:
             with self._lock:
-                batch = [self._waiting[index] for index in range(min(_BATCH, len(self._waiting)))]
+                batch = [self._waiting[index] for index in range(min(most, len(self._waiting)))]
             if not batch:
                 return
             with transaction(self._sessions) as session:
@@ -78,11 +79,18 @@ class Recorder:
                 while self._waiting and self._waiting[0].seq in written:
                     self._waiting.popleft()
 
-    def _skip_batch(self) -> None:
-        """A batch that Postgres will never take must not hold back the ones behind it."""
-        with self._lock:
-            for _ in range(min(_BATCH, len(self._waiting))):
-                self._waiting.popleft()
+    def _salvage(self) -> None:
+        """One event that Postgres will never take must not hold back, or take along, the ones around it."""
+        for _ in range(_BATCH):
+            try:
+                self._write(1)
+            except DBAPIError as error:
+                if passing(error):
+                    return
+                log.warning("an event was refused and left out", exc_info=True)
+                with self._lock:
+                    if self._waiting:
+                        self._waiting.popleft()
                 self.dropped += 1
 
     def _make_room(self) -> None:

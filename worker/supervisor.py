@@ -10,6 +10,7 @@ import os
 import queue
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -20,10 +21,10 @@ from pathlib import Path
 import structlog
 from pydantic import ValidationError
 
+from tunery import leases
 from tunery.contracts.channel import LineTooLong, read_lines, send_line
 from tunery.contracts.events import EVENTS, OUTCOMES, Checkpoint, Command, Event, Failed, Stop, Stored, Tick
 from tunery.db import Sessions, make_engine, make_sessions, refuse_privileged_role, transaction
-from tunery.errors import Unavailable
 from tunery.leases import Fenced
 from tunery.settings import NodeSettings
 from tunery.states import FailureCode, StopReason
@@ -41,12 +42,16 @@ from worker.workspace import Work, Workspace
 log = structlog.get_logger(__name__)
 
 _CANCEL_GRACE_S = 20
+_NUL, _REPLACEMENT = b"\\u0000", b"\\ufffd"
+"""Postgres stores no NUL; what a model wrote must not stop its own result from being stored."""
 _CONNECT_S = 120
 """A trainer connects before it loads anything heavy."""
 _HANG_S = 1800
 """A trainer that says nothing at all for so long is hung. Loading a large model from a cold disk takes minutes."""
 
-Said = Event | StopReason | type[Fenced] | type[EOFError]
+Said = Event | type[EOFError]
+_HANDLED = {signal.SIGUSR1, signal.SIGTERM}
+"""Blocked from before our pid can be known until we can handle them: their default action is to end us."""
 
 
 class Supervisor:
@@ -65,8 +70,8 @@ class Supervisor:
             work,
             make_sessions(own, node_id=sessions.kw["info"]["node_id"]),
             settings,
-            on_stop=self._inbox.put,
-            on_fenced=lambda: self._inbox.put(Fenced),
+            on_stop=self._on_stop,
+            on_fenced=self._on_fenced,
             tick=lambda: self._tell(Tick()),
         )
         self._recorder = Recorder(work, sessions)
@@ -77,6 +82,9 @@ class Supervisor:
         self._connection: socket.socket | None = None
         self._telling = threading.Lock()
         self._untold: Stop | None = None
+        self._interrupted = threading.Event()
+        """Somebody wants this attempt to stop: what waits for a server need not wait any longer."""
+        self._asked: list[StopReason] = []
         self._shutdown = False
         self._fenced = False
         self._stop: StopReason | None = None
@@ -86,12 +94,16 @@ class Supervisor:
         """Everything between the claim and the end of the attempt. Never raises: every path ends somewhere."""
         signal.signal(signal.SIGTERM, self._on_sigterm)
         signal.signal(signal.SIGUSR1, lambda *_: self._keeper.poke())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         ending = Ending(self._work, self._workspace, self._storage, self._sessions, self._settings)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._keeper.start()
             if (failed := self._prepare()) is not None:
                 ending.fail(*failed)
+                return
+            if self._interrupted.is_set():
+                self._before_training(ending)
                 return
             listener.bind(str(self._workspace.socket))
             self._workspace.socket.chmod(0o600)
@@ -102,11 +114,14 @@ class Supervisor:
                 helper.start()
             outcome = self._watch()
             gone = self._trainer.end()
+            self._hang_up()
             if self._fenced:
                 self._checkpoints.finish(abandon=True)
                 log.warning("fenced; the attempt belongs to somebody else now")
                 return
-            self._checkpoints.finish()
+            if gone:
+                persist("freeing the device", self._free, self._settings.outage_grace_s)
+            self._checkpoints.finish(abandon=self._stop is StopReason.CANCEL)
             self._recorder.finish(self._settings.outage_grace_s)
             self._logs.finish()
             ending.settle(outcome, self._stop, trainer_gone=gone)
@@ -117,7 +132,10 @@ class Supervisor:
         except OSError as error:
             ending.fail(self._trainer.lost, f"The trainer could not be started: {error}")
         finally:
+            # a poke inside stop() would wait for a lock that this very thread holds
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
             self._trainer.end()
+            self._hang_up()
             self._keeper.stop()
             listener.close()
             self._workspace.remove()
@@ -130,12 +148,15 @@ class Supervisor:
                 "fetching the inputs",
                 lambda: self._workspace.build(self._work, self._storage, store),
                 self._settings.outage_grace_s,
+                self._interrupted,
             )
+        except OutageTooLong:
+            if self._interrupted.is_set():
+                return None
+            return FailureCode.STORAGE_UNAVAILABLE, "The object store stayed away while the inputs were fetched."
         except (CorruptObject, KeyError) as error:
             resumed = self._work.resume is not None and self._work.resume.prefix in str(error)
             return (FailureCode.CORRUPT_CHECKPOINT if resumed else FailureCode.CORRUPT_ARTIFACT), str(error)
-        except Unavailable as error:
-            return FailureCode.STORAGE_UNAVAILABLE, error.message
         except OSError as error:
             return FailureCode.DISK_FULL, f"The workspace could not be written: {error.strerror}"
         return None
@@ -144,12 +165,14 @@ class Supervisor:
         """Accept the trainer and pass on what it says. The bounded inbox makes a flood wait in the socket."""
         try:
             connection, _ = listener.accept()
+            # a trainer that does not read must not make us wait when we tell it something
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 5, 0))
             with self._telling:
                 self._connection, untold = connection, self._untold
             if untold is not None:
                 self._tell(untold)
             for line in read_lines(connection):
-                self._inbox.put(EVENTS.validate_json(line))
+                self._inbox.put(EVENTS.validate_json(line.replace(_NUL, _REPLACEMENT)))
         except OSError:
             pass  # closed because the attempt is over
         except (LineTooLong, ValidationError) as error:
@@ -161,8 +184,13 @@ class Supervisor:
         """Until the trainer has said how it ended, or is gone, or has to go."""
         began = heard = time.monotonic()
         while True:
-            if self._shutdown and self._stop is None:
-                self._ask_to_stop(StopReason.SHUTDOWN)
+            if self._fenced:
+                self._tell(Stop(reason=StopReason.FENCED, checkpoint=False, deadline_s=0))
+                return NoOutcome(None, self._trainer.lost)
+            if (reason := self._reason()) is not None and reason is not self._stop:
+                self._ask_to_stop(reason)
+            if self._kill_at is not None and time.monotonic() > self._kill_at:
+                return NoOutcome(None, self._trainer.lost)  # also of a trainer that talks on and on
             try:
                 said = self._inbox.get(timeout=0.5)
             except queue.Empty:
@@ -170,22 +198,12 @@ class Supervisor:
                     return NoOutcome(self._trainer.exit_code(), self._trainer.lost)
                 if (code := self._trainer.exit_code()) is not None:
                     return self._drain(NoOutcome(code, self._trainer.lost))
-                if self._kill_at is not None and time.monotonic() > self._kill_at:
-                    return NoOutcome(None, self._trainer.lost)
                 if time.monotonic() - heard > _HANG_S:
                     return NoOutcome(None, FailureCode.TRAINER_HUNG)
                 continue
-            if said is Fenced:
-                self._fenced = True
-                self._tell(Stop(reason=StopReason.FENCED, checkpoint=False, deadline_s=0))
-                return NoOutcome(None, self._trainer.lost)
-            if said is EOFError:
+            if isinstance(said, type):
                 return self._drain(NoOutcome(self._wait_for_exit(), self._trainer.lost))
-            if isinstance(said, StopReason):
-                self._ask_to_stop(said)
-                continue
             heard = time.monotonic()
-            assert not isinstance(said, type)
             self._hear(said)
             if isinstance(said, OUTCOMES):
                 return said
@@ -202,7 +220,7 @@ class Supervisor:
                 said = self._inbox.get(timeout=0.5)
             except queue.Empty:
                 return otherwise
-            if isinstance(said, type | StopReason):
+            if isinstance(said, type):
                 continue
             self._hear(said)
             if isinstance(said, OUTCOMES):
@@ -235,9 +253,43 @@ class Supervisor:
 
     def _on_sigterm(self, _number: int, _frame: object) -> None:
         self._shutdown = True  # a full inbox must not swallow it
+        self._interrupted.set()
+
+    def _on_stop(self, reason: StopReason) -> None:
+        self._asked.append(reason)
+        self._interrupted.set()
+
+    def _on_fenced(self) -> None:
+        self._fenced = True
+        self._interrupted.set()
+
+    def _before_training(self, ending: Ending) -> None:
+        """Asked to stop, or fenced, while the inputs were still being fetched: nothing runs yet."""
+        if self._fenced:
+            return
+        ending.settle(NoOutcome(None, self._trainer.lost), self._reason() or StopReason.SHUTDOWN, trainer_gone=True)
+
+    def _reason(self) -> StopReason | None:
+        """What is asked by now; a cancel outweighs everything."""
+        if StopReason.CANCEL in self._asked:
+            return StopReason.CANCEL
+        return StopReason.SHUTDOWN if self._shutdown else (self._asked[-1] if self._asked else None)
+
+    def _hang_up(self) -> None:
+        """An engine detaches the attempt when its connection closes, and must do so before its bytes are given on."""
+        if self._connection is not None:
+            with suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+
+    def _free(self) -> None:
+        """The device is free as soon as nothing runs on it: a slow store must not keep it idle."""
+        with transaction(self._sessions) as session:
+            leases.hold(session, self._work.attempt_id, self._work.fence)
+            leases.release(session, self._work.attempt_id)
 
 
 def main(attempt: str) -> int:
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     configure_logs("supervisor")
     structlog.contextvars.bind_contextvars(attempt=attempt)
     settings = NodeSettings()  # type: ignore[call-arg] - from the environment

@@ -1,5 +1,6 @@
 """Checkpoints and logs on their way to the object store, while training goes on."""
 
+import math
 import queue
 import shutil
 import threading
@@ -52,8 +53,12 @@ class CheckpointUploads:
         """Wait until everything said so far is stored; or, when the attempt is not ours any more, do not."""
         if abandon:
             self._abort.set()
+        deadline = threading.Timer(self._settings.outage_grace_s, self._abort.set)
+        deadline.daemon = True
+        deadline.start()
         self._waiting.put(None)
         self._thread.join()
+        deadline.cancel()
 
     def _run(self) -> None:
         while (said := self._waiting.get()) is not None:
@@ -64,17 +69,20 @@ class CheckpointUploads:
             except Fenced:
                 return
             except (OutageTooLong, CorruptObject, OSError, DBAPIError) as error:
-                log.warning("checkpoint not stored", step=said.step, error=str(error)[:200])
+                log.warning("checkpoint given up", step=said.step, error=str(error)[:200])
+                shutil.rmtree(said.path, ignore_errors=True)
+                self._on_stored(said.step)  # not stored, but gone: the trainer may make the next one
 
     def _store(self, said: Checkpoint) -> None:
         folder, key = Path(said.path), f"{prefix(self._work)}/checkpoints/step-{said.step}"
-        upload(self._storage, folder, said.files, key, self._settings.outage_grace_s, self._abort)
+        # training goes on through an outage, and so do we: only the end of the attempt has a deadline
+        upload(self._storage, folder, said.files, key, math.inf, self._abort)
 
         def record() -> None:
             with transaction(self._sessions) as session:
                 progress.store_checkpoint(session, self._work.attempt_id, self._work.fence, said, key, said.files)
 
-        persist("recording a checkpoint", record, self._settings.outage_grace_s, self._abort)
+        persist("recording a checkpoint", record, math.inf, self._abort)
         self._on_stored(said.step)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -123,23 +131,24 @@ class LogUploads:
     def finish(self) -> None:
         self._over.set()
         self._thread.join()
-        self._ship()
+        while self._ship():
+            pass
 
     def _run(self) -> None:
         while not self._over.wait(self._settings.log_chunk_s):
             self._ship()
 
-    def _ship(self) -> None:
-        """Best effort: a log that cannot be stored now is tried again with the next chunk."""
+    def _ship(self) -> bool:
+        """True if there may be more. Best effort: what cannot be stored now is tried again with the next chunk."""
         try:
             room = self._settings.max_log_bytes - self._sent
             if room <= 0 or not self._log.exists():
-                return
+                return False
             with self._log.open("rb") as stream:
                 stream.seek(self._sent)
                 chunk = stream.read(min(room, 4 * 1024 * 1024))
             if not chunk:
-                return
+                return False
             self._storage.put_bytes(
                 attempt_logs.chunk_key(self._work.project_id, self._work.attempt_id, self._sent), chunk
             )
@@ -147,7 +156,9 @@ class LogUploads:
                 size = self._sent + len(chunk)
                 attempt_logs.note_size(session, self._work.attempt_id, self._work.fence, size)
             self._sent += len(chunk)
+            return True
         except Fenced:
             self._over.set()
         except (Unavailable, DBAPIError, OSError) as error:
             log.warning("log chunk not stored", error=str(error)[:200])
+        return False

@@ -38,6 +38,8 @@ class Work:
     base_id: uuid.UUID
     base: dict[str, Any]
     """The catalogue's card, with `name`."""
+    base_prefix: str
+    """Where its files lie in the object store."""
     train: tuple[str, str]
     """Object key and sha256 of the checked rows."""
     validation: tuple[str, str] | None
@@ -70,9 +72,12 @@ class Workspace:
         """
         for folder in ("data", "checkpoints", "tmp"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
+        if self._socket_folder is not None:
+            self._socket_folder.mkdir(mode=0o700, exist_ok=True)
+            self.socket.unlink(missing_ok=True)
         train = self._rows(storage, "train", work.train)
         validation = self._rows(storage, "valid", work.validation) if work.validation else None
-        base = model_store.ensure(store, storage, work.base_id, work.base)
+        base = model_store.ensure(store, storage, work.base_id, work.base_prefix, work.base)
         resume = self._checkpoint(storage, work) if work.resume else None
         spec = TrainingSpec(
             socket=str(self.socket),
@@ -134,5 +139,5 @@ def _socket_path(root: Path) -> tuple[Path, Path | None]:
     path = root / "trainer.sock"
     if len(str(path).encode()) <= _MAX_SOCKET_PATH:
         return path, None
-    folder = Path(tempfile.mkdtemp(prefix="tunery-"))
+    folder = Path(tempfile.gettempdir()) / f"tunery-{root.name}"
     return folder / "s", folder

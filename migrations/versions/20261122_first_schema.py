@@ -532,8 +532,14 @@ def upgrade() -> None:
             ["project_id", "job_id"], ["jobs.project_id", "jobs.id"], name=op.f("fk_checkpoints_project_id_job_id")
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_checkpoints")),
-        sa.UniqueConstraint("job_id", "step", name=op.f("uq_checkpoints_job_id_step")),
         sa.UniqueConstraint("project_id", "id", name=op.f("uq_checkpoints_project_id_id")),
+    )
+    op.create_index(
+        "one_checkpoint_a_step",
+        "checkpoints",
+        ["job_id", "step"],
+        unique=True,
+        postgresql_where=sa.text("deleted_at IS NULL"),
     )
     op.create_table(
         "metric_chunks",

@@ -37,9 +37,9 @@ class TrainingArgs(Frozen):
     per_device_train_batch_size: Annotated[int, Field(ge=1, le=256)] = 4
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] = 2
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
-    ] = "cosine"
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
+        "cosine"
+    )
     warmup_steps: Annotated[float, Field(ge=0)] = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

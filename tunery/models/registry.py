@@ -53,7 +53,8 @@ class Checkpoint(Base):
     __tablename__ = "checkpoints"
     __table_args__ = (
         project_key(),
-        UniqueConstraint("job_id", "step"),
+        # a damaged one that was discarded does not stand in the way of the same step, trained again
+        Index("one_checkpoint_a_step", "job_id", "step", unique=True, postgresql_where=text("deleted_at IS NULL")),
         same_project("job_id", "jobs"),
         same_project("attempt_id", "attempts"),
     )
