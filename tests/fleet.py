@@ -253,7 +253,7 @@ class Fleet:
         """No process of any attempt, and no workspace."""
         folders = [path for path in (self.home / node / "attempts").iterdir() if path.is_dir()]
         ours = {str(path.stem) for path in (self.home / node / "attempts").glob("*.log")}
-        return not folders and not ours & processes.all_marked().keys()
+        return not folders and not any(processes.marked(attempt) for attempt in ours)
 
     def tails(self) -> str:
         logs = [*self.home.glob("*.log"), *self.home.glob("*/attempts/*.log")]

@@ -127,9 +127,8 @@ def test_one_job_through_four_kills_and_an_empty_redis(running: Deployment, base
         os.kill(pid, signal.SIGKILL)
 
     def live() -> tuple[str, list[int]]:
-        mine = processes.all_marked()
         locks = (running.home.root / "node" / "attempts").glob("*.lock")
-        return next((path.stem, mine[path.stem]) for path in locks if path.stem in mine)
+        return next((path.stem, pids) for path in locks if (pids := processes.marked(path.stem)))
 
     done = beyond(0)
     _, trainers = running.until(lambda: _or_none(live))
@@ -159,7 +158,7 @@ def test_one_job_through_four_kills_and_an_empty_redis(running: Deployment, base
             assert data["step"] > begun, "a step below the checkpoint was trained again"
     adapters = json.loads(running.command("adapters", "show", "survivor", "--json"))
     assert len(adapters["versions"]) == 1
-    running.until(lambda: not processes.all_marked().keys() & _attempts(running), 20)
+    running.until(lambda: not any(processes.marked(attempt) for attempt in _attempts(running)), 20)
     check_adapter(running, tmp_path)
 
 

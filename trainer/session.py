@@ -1,14 +1,13 @@
 """One attempt's connection to its supervisor: events go out, `tick`, `stop` and `stored` come in.
 
 The commands are read by a thread, so a long step, a load or a generation never delays them. Who trains asks
-`stop_asked` or calls `check` where it can let go.
+`stop` or calls `check` where it can let go.
 """
 
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
 from typing import TypeVar
 
@@ -73,10 +72,6 @@ class Session:
     def stop(self) -> Stop | None:
         """The stop that was asked for, if any."""
         return self._stop
-
-    def stop_asked(self) -> bool:
-        """Whether a stop was asked for, by anyone."""
-        return self._stop is not None
 
     def check(self) -> None:
         """Leave the work in hand if a stop was asked for.
@@ -149,5 +144,3 @@ class Session:
 
 
 _ALONE = Stop(reason=StopReason.OUTAGE, checkpoint=True, deadline_s=60)
-
-StopAsked = Callable[[], bool]

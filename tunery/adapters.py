@@ -105,17 +105,6 @@ def by_model_name(session: Session, project_id: uuid.UUID, name: str) -> Adapter
     return session.scalar(select(AdapterVersion).where(*mine))
 
 
-def of_job(session: Session, project_id: uuid.UUID, job_id: uuid.UUID) -> tuple[AdapterVersion, str] | None:
-    """What a job published, and its adapter's name."""
-    query = (
-        select(AdapterVersion, Adapter.name)
-        .join(Adapter, Adapter.id == AdapterVersion.adapter_id)
-        .where(AdapterVersion.project_id == project_id, AdapterVersion.job_id == job_id)
-    )
-    row = session.execute(query).first()
-    return (row[0], row[1]) if row else None
-
-
 def of_jobs(
     session: Session, project_id: uuid.UUID, job_ids: Sequence[uuid.UUID]
 ) -> dict[uuid.UUID, tuple[AdapterVersion, str]]:

@@ -12,7 +12,7 @@ _LENGTH = 26
 
 FILE, JOB, EVENT, CHECKPOINT = "file-", "ftjob-", "ftevent-", "ftckpt_"
 PROJECT, ORGANIZATION, KEY = "proj_", "org-", "key_"
-ADAPTER, ADAPTER_VERSION, TASK, ATTEMPT, NODE = "adapter-", "adver_", "task_", "att_", "node_"
+ADAPTER, ADAPTER_VERSION, ATTEMPT = "adapter-", "adver_", "att_"
 
 
 def uuid7() -> uuid.UUID:

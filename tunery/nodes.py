@@ -10,7 +10,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from tunery.models import Allocation, Attempt, Engine, Gpu, Node, Slot
-from tunery.states import LEASED_ATTEMPT, LIVE_ATTEMPT, AttemptState
+from tunery.states import LIVE_ATTEMPT, AttemptState
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,6 @@ def assigned(session: Session, node_id: uuid.UUID) -> list[Assigned]:
     return [
         Assigned(row.id, AttemptState(row.state), row.claimed_by) for row in session.execute(query.order_by(Attempt.id))
     ]
-
-
-def held_by(session: Session, node_id: uuid.UUID, claimed_by: str) -> list[uuid.UUID]:
-    """Attempts that one supervisor of this node holds."""
-    query = select(Attempt.id).where(
-        Attempt.node_id == node_id, Attempt.claimed_by == claimed_by, Attempt.state.in_(LEASED_ATTEMPT)
-    )
-    return list(session.scalars(query))
 
 
 def unreleased(session: Session, node_id: uuid.UUID) -> list[uuid.UUID]:

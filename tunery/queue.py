@@ -211,8 +211,3 @@ def stranded_attempts(session: Session, silent_s: float) -> list[uuid.UUID]:
         .where(Node.last_seen_at < func.now() - timedelta(seconds=silent_s))
     )
     return list(session.scalars(query.distinct()))
-
-
-def counts(session: Session) -> dict[str, int]:
-    """Jobs by state, for the metrics endpoint."""
-    return dict(session.execute(select(Job.state, func.count()).group_by(Job.state)).tuples().all())

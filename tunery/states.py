@@ -46,11 +46,6 @@ OPENAI_STATUS: dict[JobState, str] = {
 }
 
 
-def sources_of(target: JobState) -> frozenset[JobState]:
-    """The states from which a job may become `target`."""
-    return frozenset(state for state, targets in MOVES.items() if target in targets)
-
-
 class AttemptState(StrEnum):
     """One try at running a job. `publishing` has no trainer and no GPU, but keeps its lease."""
 
@@ -77,11 +72,6 @@ ATTEMPT_MOVES: dict[AttemptState, frozenset[AttemptState]] = {
 LIVE_ATTEMPT: frozenset[AttemptState] = frozenset(ATTEMPT_MOVES)
 ENDED_ATTEMPT: frozenset[AttemptState] = frozenset(AttemptState) - LIVE_ATTEMPT
 LEASED_ATTEMPT: frozenset[AttemptState] = LIVE_ATTEMPT - {_A.ASSIGNED}
-
-
-def attempt_sources_of(target: AttemptState) -> frozenset[AttemptState]:
-    """The states from which an attempt may become `target`."""
-    return frozenset(state for state, targets in ATTEMPT_MOVES.items() if target in targets)
 
 
 class StopReason(StrEnum):

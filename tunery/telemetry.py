@@ -4,12 +4,11 @@ import logging
 import sys
 
 import structlog
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Histogram
 
 HTTP_DURATION = Histogram(
     "tunery_http_request_duration_seconds", "Time to answer a request.", ["route", "method", "status"]
 )
-JOBS = Gauge("tunery_jobs", "Jobs by state.", ["state"])
 UPLOADED_BYTES = Counter("tunery_uploaded_bytes_total", "Bytes of files accepted.")
 
 

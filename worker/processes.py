@@ -44,17 +44,6 @@ def marked(attempt_id: str) -> list[int]:
     return [pid for pid, environment in _environments() if mark in environment.split(b"\0")]
 
 
-def all_marked() -> dict[str, list[int]]:
-    """Every attempt that still has processes on this host that we may look at."""
-    found: dict[str, list[int]] = {}
-    for pid, environment in _environments():
-        for line in environment.split(b"\0"):
-            name, _, value = line.partition(b"=")
-            if name.decode(errors="replace") == ATTEMPT:
-                found.setdefault(value.decode(errors="replace"), []).append(pid)
-    return found
-
-
 def end_all(attempt_id: str, timeout_s: float = 10) -> bool:
     """SIGKILL everything of an attempt and wait until it is gone. False if something would not die in time.
 

@@ -18,14 +18,6 @@ def is_free(port: int) -> bool:
     return True
 
 
-def is_open(port: int, timeout_s: float = 0.5) -> bool:
-    try:
-        socket.create_connection((HOST, port), timeout_s).close()
-    except OSError:
-        return False
-    return True
-
-
 def choose(taken: set[int], offset: int = 0) -> int:
     """A free port whose neighbour at `offset` is free as well (weed puts gRPC 10000 above HTTP)."""
     for _ in range(1000):
