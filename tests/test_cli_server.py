@@ -222,9 +222,9 @@ class Server:
         return reply(found) if found else None
 
     def _models(self, _: str, rest: list[str], __: dict[str, str], ___: bytes) -> Answer | None:
-        if rest == ["nope"]:
+        if rest != ["smollm2-135m-instruct"]:
             return None
-        return reply({"id": "/".join(rest), "object": "model", "created": 0, "owned_by": "tunery"})
+        return reply({"id": rest[0], "object": "model", "created": 0, "owned_by": "tunery"})
 
     def _adapters(self, _: str, rest: list[str], query: dict[str, str], __: bytes) -> Answer | None:
         if not rest:
