@@ -81,7 +81,14 @@ class Run:
         (output / "adapter_config.json").write_text("{}")
         self.events.send(Eval(when="after", values={"eval/loss": 1.0}, step=steps))
         self.events.send(
-            Finished(path=str(output), files=manifest(output), tokens=7 * steps, metrics={"eval/loss": 1.0}, step=steps)
+            Finished(
+                path=str(output),
+                files=manifest(output),
+                tokens=7 * steps,
+                metrics={"eval/loss": 1.0},
+                peak_memory_bytes=4096,
+                step=steps,
+            )
         )
         return self._close(EXIT_OK)
 

@@ -38,6 +38,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"epochs": 3}, "epochs"),
     ({"seed": "x"}, "seed"),
     ({"seed": 2**64}, "seed"),
+    ({"seed": 1, "tunery": {"training": {"seed": 2}}}, "seed"),
     ({"suffix": ""}, "suffix"),
     ({"suffix": "a" * 65}, "suffix"),
     ({"suffix": "a:b"}, "suffix"),
@@ -128,6 +129,10 @@ def test_what_is_unset_stays_unset(client: httpx.Client, body: dict[str, Any], d
 @pytest.mark.parametrize("empty", [{"integrations": None}, {"integrations": []}, {"method": None}, {"metadata": None}])
 def test_nothing_is_as_good_as_absent(client: httpx.Client, body: dict[str, Any], empty: dict[str, Any]) -> None:
     assert client.post(JOBS, json=body | empty | {"validation_file": None, "tunery": None}).status_code == 200
+
+
+def test_a_seed_in_our_extension_is_the_seed_that_is_shown(client: httpx.Client, body: dict[str, Any]) -> None:
+    assert client.post(JOBS, json=body | {"tunery": {"training": {"seed": 5}}}).json()["seed"] == 5
 
 
 def test_a_job_gets_a_seed_if_it_has_none(client: httpx.Client, body: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ def test_a_job_runs_to_a_published_verified_adapter(running):
     assert weights["sha256"] == version.sha256
     (attempt,) = running.attempts(job_id)
     assert attempt.state == "succeeded"
+    assert attempt.details["peak_memory_bytes"] == 4096
     running.until(running.nothing_held, 5)
     running.until(running.nothing_left, 5)
     with running.look() as session:

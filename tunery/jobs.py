@@ -59,7 +59,7 @@ def submit(session: Session, who: Identity, request: Request, *, max_live: int) 
         training_file_id=training.id,
         validation_file_id=validation.id if validation else None,
         suffix=request.suffix,
-        seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
+        seed=_seed(request),
         user_metadata=request.metadata,
         request={
             "hyperparameters": request.hyperparameters.model_dump(),
@@ -220,6 +220,17 @@ def _within_quota(session: Session, who: Identity, max_live: int) -> None:
     if (session.scalar(live) or 0) >= max_live:
         fix = "Wait for some to finish, or cancel some."
         raise QuotaExceeded(f"This project already has {max_live} unfinished jobs.", fix=fix)
+
+
+def _seed(request: Request) -> int:
+    """One seed, wherever it was given; drawn and told where it was not."""
+    training = request.extension.training
+    own = training.seed if training is not None and "seed" in training.model_fields_set else None
+    if own is not None and request.seed is not None and own != request.seed:
+        fix = "Give the seed once, in 'seed'."
+        raise Invalid(f"'seed' is {request.seed}, 'tunery.training.seed' is {own}.", param="seed", fix=fix)
+    given = own if own is not None else request.seed
+    return given if given is not None else secrets.randbelow(2**31)
 
 
 def _slug(name: str) -> str:

@@ -115,8 +115,11 @@ def begin_publishing(session: Session, held: Held, *, still_holds_gpu: bool = Fa
         release(session, held.attempt.id)
 
 
-def succeed(session: Session, held: Held, tokens: int, *, still_holds_gpu: bool = False) -> None:
-    """The result is published in this same transaction."""
+def succeed(
+    session: Session, held: Held, tokens: int, peak_memory_bytes: int = 0, *, still_holds_gpu: bool = False
+) -> None:
+    """The result is published in this same transaction. What the run took is kept: estimates will learn from it."""
+    held.attempt.details = (held.attempt.details or {}) | {"peak_memory_bytes": peak_memory_bytes}
     _end_attempt(session, held.attempt, AttemptState.SUCCEEDED, keep_gpus=still_holds_gpu)
     _move_job(session, held.job, JobState.SUCCEEDED)
     held.job.trained_tokens = tokens

@@ -100,7 +100,8 @@ class Ending:
             with transaction(self._sessions) as session:
                 held = leases.hold(session, self._work.attempt_id, self._work.fence)
                 adapters.publish(session, held, output)
-                leases.succeed(session, held, finished.tokens, still_holds_gpu=not trainer_gone)
+                peak = finished.peak_memory_bytes
+                leases.succeed(session, held, finished.tokens, peak, still_holds_gpu=not trainer_gone)
 
         persist("publishing", begin, self._settings.outage_grace_s)
         output = adapters.Published(
