@@ -185,9 +185,13 @@ def _check_tokenizer(folder: Path) -> None:
     wrong += [text for text in trips if tokenizer.decode(tokenizer(text)["input_ids"]) != text]
     template = tokenizer.chat_template or ""
     ends = tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id)
-    if wrong or ends != "<|im_end|>" or "<|im_start|>" not in template or "SmolLM" not in template:
+    if ends != "<|im_end|>":
+        wrong.append(f"a turn ends with {ends}")
+    if "<|im_start|>" not in template or "SmolLM" not in template:
+        wrong.append("the chat template")
+    if wrong:
         raise Refused(
-            "conversion_failed", f"The converted tokenizer differs from the published one: {wrong[:1]}",
+            "conversion_failed", f"The converted tokenizer differs from the published one: {wrong[0]!r}",
             "Report this with the versions of transformers and gguf.", exit_code=EXIT_OURS,
         )  # fmt: skip
 
