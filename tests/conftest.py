@@ -7,6 +7,7 @@ import contextlib
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,6 +24,7 @@ from api.main import create_app
 from tests import factories
 from tests import servers as embedded
 from tests.factories import Database, FleetNode, Tenant
+from tests.tiny_model import write_tiny_base
 from tunery import bootstrap
 from tunery.db import Sessions, driver_url, make_engine
 from tunery.embedded.servers import Servers
@@ -188,3 +190,11 @@ def base_model(database: Database) -> str:
 def node(database: Database) -> FleetNode:
     """A node with one GPU and one slot."""
     return factories.node(database)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random base model; the trainer's tests only read it."""
+    folder = tmp_path_factory.mktemp("base")
+    write_tiny_base(folder)
+    return folder

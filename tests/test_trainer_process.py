@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_model import Listener, chat_rows, spec_for, write_jsonl, write_tiny_base
+from tests.tiny_model import Listener, chat_rows, spec_for, write_jsonl
 from tunery.contracts.events import (
     EXIT_OK,
     EXIT_STOPPED,
@@ -27,13 +27,6 @@ from tunery.states import FailureCode, StopReason
 
 ROOT = Path(__file__).parents[1]
 LONG = {"max_steps": 3000, "learning_rate": 0.01, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    write_tiny_base(folder)
-    return folder
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from tests.tiny_model import (
     spec_for,
     tiny_tokenizer,
     write_jsonl,
-    write_tiny_base,
 )
 from trainer.evaluate import Judge
 from trainer.failures import TrainingFailed, classify
@@ -32,13 +31,6 @@ from tunery.states import FailureCode, StopReason
 torch.set_num_threads(1)  # two threads over a tiny model wait for each other, and for every other process
 
 QUICK = {"learning_rate": 0.01, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    write_tiny_base(folder)
-    return folder
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from tunery.cli import config
 from tunery.cli.failures import Exit, Failure
 from tunery.cli.options import All, Json, Limit, Quiet, group, take
 from tunery.cli.progress import transfer
-from tunery.cli.show import ago, date, fields, number, size, table
+from tunery.cli.show import ago, date, fields, listing, number, size, table
 from tunery.cli.terminal import clean, data, done, json_out, say
 
 if TYPE_CHECKING:
@@ -26,15 +26,9 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="An adapter's name or 
 def list_adapters(limit: Limit = 20, everything: All = False, as_json: Json = False, quiet: Quiet = False) -> None:
     """List adapters, with the newest version of each."""
     rows = take(config.client().adapters(), limit, everything)
-    if as_json:
-        json_out(rows)
-    elif quiet:
-        for row in rows:
-            data(row["id"])
-    elif rows:
-        table(("NAME", "VERSION", "BASE", "SIZE", "JOB", "MADE"), [_row(row) for row in rows], right=("SIZE",))
-    else:
-        say("no adapters yet\n  a job that succeeds makes one:  tunery jobs create -m MODEL -t train.jsonl --watch")
+    headers = ("NAME", "VERSION", "BASE", "SIZE", "JOB", "MADE")
+    empty = "no adapters yet\n  a job that succeeds makes one:  tunery jobs create -m MODEL -t train.jsonl --watch"
+    listing(rows, headers, _row, empty, right=("SIZE",), as_json=as_json, quiet=quiet)
 
 
 def _row(adapter: "Adapter") -> tuple[object, ...]:

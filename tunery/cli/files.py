@@ -10,7 +10,7 @@ from tunery.cli import config, refs
 from tunery.cli.failures import Exit, Failure, reason
 from tunery.cli.options import All, FileRef, Json, Limit, Quiet, group, take
 from tunery.cli.progress import transfer
-from tunery.cli.show import ago, date, fields, size, table
+from tunery.cli.show import ago, date, fields, listing, size
 from tunery.cli.terminal import clean, data, done, json_out, say
 
 if TYPE_CHECKING:
@@ -68,15 +68,9 @@ def list_files(
 ) -> None:
     """List files, newest first."""
     rows = take(config.client().files(purpose=purpose), limit, everything)
-    if as_json:
-        json_out(rows)
-    elif quiet:
-        for row in rows:
-            data(row["id"])
-    elif rows:
-        table(("ID", "NAME", "SIZE", "PURPOSE", "STATUS", "ADDED"), [_row(row) for row in rows], right=("SIZE",))
-    else:
-        say("no files yet\n  start with:  tunery files upload train.jsonl")
+    headers = ("ID", "NAME", "SIZE", "PURPOSE", "STATUS", "ADDED")
+    empty = "no files yet\n  start with:  tunery files upload train.jsonl"
+    listing(rows, headers, _row, empty, right=("SIZE",), as_json=as_json, quiet=quiet)
 
 
 def _row(file: "File") -> tuple[object, ...]:

@@ -7,7 +7,7 @@ import typer
 
 from tunery.cli import config, refs
 from tunery.cli.options import All, JobRef, Json, Limit, Quiet, group, take
-from tunery.cli.show import ago, date, duration, fields, number, size, table, unix
+from tunery.cli.show import ago, date, duration, fields, listing, number, size, table, unix
 from tunery.cli.terminal import data, done, json_out, one_line, say
 
 if TYPE_CHECKING:
@@ -43,17 +43,11 @@ def list_jobs(
 
     jobs = config.client().jobs(metadata=pairs(metadata or []))
     rows = take((job for job in jobs if not state or state_of(job) in state), limit, everything)
-    if as_json:
-        json_out(rows)
-    elif quiet:
-        for row in rows:
-            data(row["id"])
-    elif rows:
-        table(("ID", "STATE", "MODEL", "SUFFIX", "PROGRESS", "LOSS", "CREATED"), [_row(row) for row in rows])
-    elif state or metadata:
-        say("no jobs match\n  see all of them:  tunery jobs list --all")
-    else:
-        say("no jobs yet\n  start with:  tunery jobs create -m MODEL -t train.jsonl --watch")
+    headers = ("ID", "STATE", "MODEL", "SUFFIX", "PROGRESS", "LOSS", "CREATED")
+    empty = "no jobs yet\n  start with:  tunery jobs create -m MODEL -t train.jsonl --watch"
+    if state or metadata:
+        empty = "no jobs match\n  see all of them:  tunery jobs list --all"
+    listing(rows, headers, _row, empty, as_json=as_json, quiet=quiet)
 
 
 def _row(job: "Job") -> tuple[object, ...]:

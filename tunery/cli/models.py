@@ -9,7 +9,7 @@ from tunery.cli import config
 from tunery.cli.failures import Exit, Failure
 from tunery.cli.options import All, Json, Limit, Quiet, group, take
 from tunery.cli.progress import waiting
-from tunery.cli.show import ago, date, fields, parameters, size, table
+from tunery.cli.show import ago, date, fields, listing, parameters, size
 from tunery.cli.terminal import clean, data, done, json_out, say
 
 if TYPE_CHECKING:
@@ -24,16 +24,9 @@ POLL_S = 1.0
 def list_models(limit: Limit = 20, everything: All = False, as_json: Json = False, quiet: Quiet = False) -> None:
     """List the base models of this server."""
     rows = take(config.client().base_models(), limit, everything)
-    if as_json:
-        json_out(rows)
-    elif quiet:
-        for row in rows:
-            data(row["id"])
-    elif rows:
-        headers = ("NAME", "STATE", "PARAMETERS", "SIZE", "LICENSE", "ADDED")
-        table(headers, [_row(row) for row in rows], right=("PARAMETERS", "SIZE"))
-    else:
-        say("no base models yet\n  start with the small demo model:  tunery models import demo")
+    headers = ("NAME", "STATE", "PARAMETERS", "SIZE", "LICENSE", "ADDED")
+    empty = "no base models yet\n  start with the small demo model:  tunery models import demo"
+    listing(rows, headers, _row, empty, right=("PARAMETERS", "SIZE"), as_json=as_json, quiet=quiet)
 
 
 def _row(model: "BaseModel") -> tuple[object, ...]:

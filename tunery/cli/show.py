@@ -1,11 +1,12 @@
 """Tables, field lists, and numbers as people read them."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from tunery.cli import terminal
-from tunery.cli.terminal import clean, console
+from tunery.cli.terminal import clean, console, data, json_out, say
 
 STATE_COLOUR = {
     "running": "cyan",
@@ -150,3 +151,25 @@ def rate(per_second: float | str | None) -> str:
 def short_id(identifier: str) -> str:
     """For a line that has no room; the whole id is printed where it can be copied."""
     return identifier if len(identifier) <= 22 else identifier[:17] + "…"
+
+
+def listing(
+    rows: Sequence[Any],
+    headers: Sequence[str],
+    row: Callable[[Any], Sequence[object]],
+    empty: str,
+    *,
+    right: Sequence[str] = (),
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """What every `list` command prints: the API's objects, ids alone, a table, or how to start."""
+    if as_json:
+        json_out(rows)
+    elif quiet:
+        for one in rows:
+            data(one["id"])
+    elif rows:
+        table(headers, [row(one) for one in rows], right=right)
+    else:
+        say(empty)
