@@ -1,4 +1,7 @@
-"""A whole deployment for one test: a fresh database, real scheduler and node processes, short clocks."""
+"""A whole deployment for one test: a fresh database, real scheduler, node and api processes, short clocks.
+
+Every process can be killed, and can be given ways of its own: `running.node("a", via=Via(postgres=proxy))`.
+"""
 
 import hashlib
 import json
@@ -11,16 +14,22 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from pydantic import SecretStr
 from sqlalchemy import event, select, text
+from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
+from tests.chaos.proxy import Proxy
 from tests.servers import database_url, passwords, servers
 from tunery import bootstrap, ids, jobs, tenancy
 from tunery.db import Sessions, for_project, make_engine, make_sessions, transaction
+from tunery.embedded import ports
+from tunery.embedded.servers import Servers
 from tunery.models import AdapterVersion, Allocation, Attempt, BaseModel, Checkpoint, Event, File, Gpu, Job, Slot
 from tunery.recipes import Extension
 from tunery.settings import StorageSettings
@@ -53,19 +62,39 @@ ROWS = b"".join(
 )
 
 
-class Fleet:
-    """Start processes, submit jobs, look at what happened. `close` ends every process that was started."""
+PEPPER = "a pepper for fleets"
 
-    def __init__(self, trainer: str = "tests.fake_trainer") -> None:
+
+@dataclass(frozen=True)
+class Via:
+    """The proxies by which a process reaches the servers; None is the direct way."""
+
+    postgres: Proxy | None = None
+    valkey: Proxy | None = None
+    s3: Proxy | None = None
+
+
+class Fleet:
+    """Start processes, submit jobs, look at what happened. `close` ends every process that was started.
+
+    Its own looks at the database and the object store take the direct way, whatever its processes are told.
+    """
+
+    def __init__(
+        self, trainer: str = "tests.fake_trainer", *, on: Servers | None = None, via: Via | None = None
+    ) -> None:
+        self.servers, self.via = on or servers(), via or Via()
+        self.api_url = ""
         self.database = f"t{uuid.uuid4().hex[:12]}"
-        bootstrap.create_roles(servers().admin_url, passwords(), self.database)
+        bootstrap.create_roles(self.servers.admin_url, passwords(), self.database)
         bootstrap.migrate(self.url("tunery_migrate"))
         self.home = Path(tempfile.mkdtemp(prefix="tunery-fleet-"))
         self.trainer = trainer
         self.processes: list[subprocess.Popen[bytes]] = []
+        self._engines: list[Engine] = []
         self.owner = self._sessions("tunery_migrate", owner=True)
         self.api = self._sessions("tunery_api")
-        root = servers().s3_root
+        root = self.servers.s3_root
         self.storage = Storage(
             StorageSettings(
                 s3_endpoint_url=root.endpoint_url,
@@ -84,11 +113,13 @@ class Fleet:
             session.flush()
             self.base_id = model.id
 
-    def url(self, role: str) -> str:
-        return database_url(role, self.database)
+    def url(self, role: str, proxy: Proxy | None = None) -> str:
+        direct = database_url(role, self.database, self.servers)
+        return proxy.reach(direct) if proxy else direct
 
     def _sessions(self, role: str, *, owner: bool = False) -> Sessions:
         engine = make_engine(self.url(role))
+        self._engines.append(engine)
         if owner:
 
             @event.listens_for(engine, "connect")
@@ -140,12 +171,12 @@ class Fleet:
 
     # ---- processes ---------------------------------------------------------------------------------------------
 
-    def scheduler(self) -> subprocess.Popen[bytes]:
-        return self._start("scheduler", {"TUNERY_DATABASE_URL": self.url("tunery_scheduler")})
+    def scheduler(self, name: str = "", *, via: Via | None = None, **more: str) -> subprocess.Popen[bytes]:
+        """`more` are settings without their prefix: `LEASE_S="5"`."""
+        return self._start("scheduler", name, "tunery_scheduler", via, {}, more)
 
-    def node(self, name: str = "node") -> subprocess.Popen[bytes]:
+    def node(self, name: str = "node", *, via: Via | None = None, **more: str) -> subprocess.Popen[bytes]:
         own = {
-            "TUNERY_DATABASE_URL": self.url("tunery_worker"),
             "TUNERY_HOME": str(self.home / name),
             "TUNERY_NODE_NAME": f"{name}-{self.database}",
             "TUNERY_TRAINER_MODULE": self.trainer,
@@ -153,18 +184,46 @@ class Fleet:
         }
         (self.home / "models" / str(self.base_id)).mkdir(parents=True, exist_ok=True)
         (self.home / "models" / str(self.base_id) / "COMPLETE").touch()
-        return self._start("worker", own | servers().s3_node.environment())
+        identity = self._s3(self.servers.s3_node.environment(), via)
+        return self._start("worker", "" if name == "node" else name, "tunery_worker", via, own | identity, more)
 
-    def _start(self, module: str, own: dict[str, str]) -> subprocess.Popen[bytes]:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("TUNERY_")}
-        clocks = {f"TUNERY_{name}": value for name, value in CLOCKS.items()}
-        with (self.home / f"{module}.log").open("ab") as out:
+    def serve_api(self, *, via: Via | None = None, **more: str) -> subprocess.Popen[bytes]:
+        """`python -m api` at `api_url`; a second start after a kill serves at the same address."""
+        if not self.api_url:
+            self.api_url = f"http://127.0.0.1:{ports.choose(set())}"
+        own = {"TUNERY_KEY_PEPPER": PEPPER, "TUNERY_API_PORT": self.api_url.rpartition(":")[2]}
+        identity = self._s3(self.servers.s3_root.environment(), via)
+        started = self._start("api", "", "tunery_api", via, own | identity, more)
+        self.until(lambda: started.poll() is not None or _answers(self.api_url))
+        return started
+
+    def client(self, *, timeout_s: float = 20, url: str = "") -> httpx.Client:
+        """HTTP with a key of the first project; `url` is the api's own, or that of a proxy before it."""
+        with transaction(self.owner) as session:
+            _, key = tenancy.create_key(session, self.project_id, "fleet", ["admin"], PEPPER)
+        headers = {"authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=url or self.api_url, headers=headers, timeout=timeout_s, trust_env=False)
+
+    def _s3(self, identity: dict[str, str], via: Via | None) -> dict[str, str]:
+        proxy = (via or self.via).s3
+        endpoint = identity["TUNERY_S3_ENDPOINT_URL"]
+        return identity | ({"TUNERY_S3_ENDPOINT_URL": proxy.reach(endpoint)} if proxy else {})
+
+    def _start(
+        self, module: str, name: str, role: str, via: Via | None, own: dict[str, str], more: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("TUNERY_")}
+        clocks = {f"TUNERY_{key}": value for key, value in (CLOCKS | more).items()}
+        ways = via or self.via
+        redis_url = self.servers.redis_url
+        common = {
+            "TUNERY_DATABASE_URL": self.url(role, ways.postgres),
+            "TUNERY_REDIS_URL": ways.valkey.reach(redis_url) if ways.valkey else redis_url,
+            "TUNERY_FLEET": self.database,
+        }
+        with (self.home / f"{'-'.join(filter(None, (module, name)))}.log").open("ab") as out:
             started = subprocess.Popen(
-                [sys.executable, "-m", module],
-                env=clean | clocks | own | {"TUNERY_REDIS_URL": servers().redis_url, "TUNERY_FLEET": self.database},
-                cwd=ROOT,
-                stdout=out,
-                stderr=out,
+                [sys.executable, "-m", module], env=clean | common | own | clocks, cwd=ROOT, stdout=out, stderr=out
             )
         self.processes.append(started)
         return started
@@ -177,12 +236,14 @@ class Fleet:
 
     def close(self) -> None:
         for process in self.processes:
-            process.kill()
+            process.kill()  # of a stopped one, too
             process.wait()
         for lock in self.home.glob("*/attempts/*.lock"):
             if locks.is_taken(lock):
                 os.kill(int(lock.read_text()), signal.SIGKILL)
             processes.end_all(lock.stem)
+        for engine in self._engines:
+            engine.dispose()
 
     # ---- looking -------------------------------------------------------------------------------------------------
 
@@ -261,12 +322,19 @@ class Fleet:
 
 
 @contextmanager
-def fleet(trainer: str = "tests.fake_trainer") -> Iterator[Fleet]:
-    running = Fleet(trainer)
+def fleet(trainer: str = "tests.fake_trainer", *, on: Servers | None = None, via: Via | None = None) -> Iterator[Fleet]:
+    running = Fleet(trainer, on=on, via=via)
     try:
         yield running
     finally:
         running.close()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/healthz", timeout=1, trust_env=False).is_success
+    except httpx.TransportError:
+        return False
 
 
 def rows_of(count: int) -> bytes:

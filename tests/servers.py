@@ -12,6 +12,8 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -47,6 +49,10 @@ def stop() -> None:
         return
     running = servers()
     servers.cache_clear()
+    throw_away(running)
+
+
+def throw_away(running: Servers) -> None:
     for name, child in running.children.items():
         if name == "postgres":
             child.stop()  # a killed postmaster leaves its shared memory behind
@@ -54,6 +60,17 @@ def stop() -> None:
             child.kill()
     shutil.rmtree(running.home.data, ignore_errors=True)
     shutil.rmtree(running.home.root, ignore_errors=True)
+
+
+@contextmanager
+def private_servers(options: tuple[str, ...] = FAST_POSTGRES, home: Home | None = None) -> Iterator[Servers]:
+    """Servers of one test's own, for what would disturb the others: to be killed, stopped and started anew."""
+    started = Servers(home or temporary_home(), External(), options)
+    try:
+        started.start()
+        yield started
+    finally:
+        throw_away(started)
 
 
 def _external() -> External:
@@ -76,6 +93,6 @@ def migrated() -> str:
     return database
 
 
-def database_url(role: str, database: str = bootstrap.DATABASE) -> str:
+def database_url(role: str, database: str = bootstrap.DATABASE, on: Servers | None = None) -> str:
     """For one of the login roles, as its program would be given it."""
-    return bootstrap.url_for(servers().admin_url, role, passwords()[role], database)
+    return bootstrap.url_for((on or servers()).admin_url, role, passwords()[role], database)
