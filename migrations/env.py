@@ -17,8 +17,10 @@ def run() -> None:
     engine = create_engine(driver_url(url), poolclass=NullPool)
     with engine.connect() as connection:
         connection.execute(text(f"SET ROLE {OWNER}"))
-        connection.execute(text("SET lock_timeout = '4s'"))
+        connection.execute(text("SET lock_timeout = '10min'"))  # another migration may have much to do
         connection.execute(text(f"SELECT pg_advisory_lock({LOCK})"))
+        # whoever waits for an exclusive lock makes everybody behind it wait too: let go, and let the caller try again
+        connection.execute(text("SET lock_timeout = '1s'"))
         connection.commit()
         context.configure(
             connection=connection,

@@ -4,7 +4,8 @@
     python -P -m tests.fake_trainer --engine SOCKET    an engine: takes attempts on SOCKET, trains each in a thread
 
 How it behaves is the job's suffix: `ok`, `slow` (0.1 s a step), `crash-N` (dies before step N on its first attempt
-that starts below it), `crash-always`, `reject` (the user's fault), `deaf` (ignores every command), `flood`.
+that starts below it), `crash-always`, `reject` (the user's fault), `deaf` (ignores every command), `flood`,
+`other-release` (speaks another version of the protocol).
 """
 
 import os
@@ -21,6 +22,7 @@ from tunery.contracts.events import (
     COMMANDS,
     EXIT_OK,
     EXIT_STOPPED,
+    PROTOCOL,
     Attach,
     Checkpoint,
     Eval,
@@ -68,6 +70,7 @@ class Run:
             Started(
                 device="cpu", precision="fp32", trainable_parameters=1, total_parameters=2, total_steps=steps,
                 start_step=start, train_rows=10, eval_rows=0, step=start,
+                protocol=PROTOCOL + (self.mode == "other-release"),
             )
         )  # fmt: skip
         if not start:

@@ -175,7 +175,10 @@ class Fleet:
         """`more` are settings without their prefix: `LEASE_S="5"`."""
         return self._start("scheduler", name, "tunery_scheduler", via, {}, more)
 
-    def node(self, name: str = "node", *, via: Via | None = None, **more: str) -> subprocess.Popen[bytes]:
+    def node(
+        self, name: str = "node", *, via: Via | None = None, tree: Path = ROOT, **more: str
+    ) -> subprocess.Popen[bytes]:
+        """`tree` holds the node's code: that of another release, for tests of upgrades."""
         own = {
             "TUNERY_HOME": str(self.home / name),
             "TUNERY_NODE_NAME": f"{name}-{self.database}",
@@ -185,7 +188,8 @@ class Fleet:
         (self.home / "models" / str(self.base_id)).mkdir(parents=True, exist_ok=True)
         (self.home / "models" / str(self.base_id) / "COMPLETE").touch()
         identity = self._s3(self.servers.s3_node.environment(), via)
-        return self._start("worker", "" if name == "node" else name, "tunery_worker", via, own | identity, more)
+        own |= identity | {"PYTHONPATH": str(tree)}
+        return self._start("worker", "" if name == "node" else name, "tunery_worker", via, own, more, tree)
 
     def serve_api(self, *, via: Via | None = None, **more: str) -> subprocess.Popen[bytes]:
         """`python -m api` at `api_url`; a second start after a kill serves at the same address."""
@@ -210,7 +214,14 @@ class Fleet:
         return identity | ({"TUNERY_S3_ENDPOINT_URL": proxy.reach(endpoint)} if proxy else {})
 
     def _start(
-        self, module: str, name: str, role: str, via: Via | None, own: dict[str, str], more: dict[str, str]
+        self,
+        module: str,
+        name: str,
+        role: str,
+        via: Via | None,
+        own: dict[str, str],
+        more: dict[str, str],
+        tree: Path = ROOT,
     ) -> subprocess.Popen[bytes]:
         clean = {key: value for key, value in os.environ.items() if not key.startswith("TUNERY_")}
         clocks = {f"TUNERY_{key}": value for key, value in (CLOCKS | more).items()}
@@ -223,7 +234,7 @@ class Fleet:
         }
         with (self.home / f"{'-'.join(filter(None, (module, name)))}.log").open("ab") as out:
             started = subprocess.Popen(
-                [sys.executable, "-m", module], env=clean | common | own | clocks, cwd=ROOT, stdout=out, stderr=out
+                [sys.executable, "-m", module], env=clean | common | own | clocks, cwd=tree, stdout=out, stderr=out
             )
         self.processes.append(started)
         return started

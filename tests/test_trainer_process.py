@@ -1,5 +1,6 @@
 """The trainer as it is started for real: `python -P -m trainer SPEC`, a unix socket, signals, silence."""
 
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import pytest
 from tests.tiny_model import Listener, chat_rows, spec_for, write_jsonl
 from tunery.contracts.events import (
     EXIT_OK,
+    EXIT_OURS,
     EXIT_STOPPED,
     EXIT_USER,
     Checkpoint,
@@ -126,6 +128,14 @@ def test_without_a_spec_it_says_so_and_leaves(tmp_path, content):
     (tmp_path / "spec.json").write_text(content)
     done = run_by_hand(tmp_path)
     assert done.returncode == EXIT_USER and "spec.json" in done.stderr
+
+
+def test_a_spec_of_another_release_is_refused_by_name_and_is_not_the_users_fault(tmp_path, base, rows):
+    spec = spec_for(tmp_path, base, rows).model_dump(mode="json")
+    (tmp_path / "spec.json").write_text(json.dumps(spec | {"version": 2, "something": "new"}))
+    done = run_by_hand(tmp_path)
+    assert done.returncode == EXIT_OURS
+    assert "the spec has version 2, this trainer reads version 1" in done.stderr
 
 
 def test_it_leaves_when_its_supervisor_died_before_it_began(tmp_path, base, rows):

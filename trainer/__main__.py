@@ -34,7 +34,7 @@ from tunery.contracts.events import (
     Finished,
     Stopped,
 )
-from tunery.contracts.spec import TrainingSpec
+from tunery.contracts.spec import OtherVersion, TrainingSpec, read_spec
 
 
 def main(arguments: list[str]) -> int:
@@ -45,7 +45,10 @@ def main(arguments: list[str]) -> int:
     if not die_with(os.environ.get("TUNERY_SUPERVISOR_PID")):
         return EXIT_STOPPED
     try:
-        spec = TrainingSpec.model_validate_json(Path(arguments[0]).read_bytes())
+        spec = read_spec(Path(arguments[0]))
+    except OtherVersion as error:
+        sys.stderr.write(f"{arguments[0]}: {error}\n")
+        return EXIT_OURS
     except (OSError, ValidationError) as error:  # without a spec there is no socket to say it on
         sys.stderr.write(f"{arguments[0]}: {error}\n")
         return EXIT_USER

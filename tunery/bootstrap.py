@@ -8,6 +8,7 @@ import contextlib
 import os
 import secrets
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -52,15 +53,36 @@ def create_roles(admin_url: str, passwords: Mapping[str, str], database: str | N
     return database
 
 
-def migrate(url: str) -> None:
-    """To the newest schema, as `tunery_migrate`, which becomes the owner for it. `migrations/env.py` takes the lock."""
+def migrate(url: str, patience_s: float = 120) -> None:
+    """To the newest schema, as `tunery_migrate`, which becomes the owner for it. `migrations/env.py` takes the lock.
+
+    A table that somebody uses is waited for in short tries, so that its writers never queue up behind us.
+
+    Raises:
+        Unsuitable: it was in use for `patience_s`. What has been migrated so far stays; repeat it later.
+    """
     from alembic import command
     from alembic.config import Config
+    from sqlalchemy.exc import OperationalError
 
     config = Config(toml_file=str(_ROOT / "pyproject.toml"))
     config.set_main_option("script_location", str(_ROOT / "migrations"))
     config.attributes["url"] = url
-    command.upgrade(config, "head")
+    deadline, pause = time.monotonic() + patience_s, 0.25
+    while True:
+        try:
+            command.upgrade(config, "head")
+            return
+        except OperationalError as error:
+            if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
+                raise
+            if time.monotonic() > deadline:
+                raise Unsuitable(
+                    f"a migration could not get a table for {patience_s:.0f} s: {error.orig}. End what uses it "
+                    "(pg_stat_activity shows it), then start again."
+                ) from error
+        time.sleep(pause)
+        pause = min(pause * 2, 5)
 
 
 def first_run(url: str, pepper: str, known_key: str | None = None) -> str | None:

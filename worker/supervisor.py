@@ -23,7 +23,19 @@ from pydantic import ValidationError
 
 from tunery import leases
 from tunery.contracts.channel import LineTooLong, read_lines, send_line
-from tunery.contracts.events import EVENTS, OUTCOMES, Checkpoint, Command, Event, Failed, Stop, Stored, Tick
+from tunery.contracts.events import (
+    EVENTS,
+    OUTCOMES,
+    PROTOCOL,
+    Checkpoint,
+    Command,
+    Event,
+    Failed,
+    Started,
+    Stop,
+    Stored,
+    Tick,
+)
 from tunery.db import Sessions, make_engine, make_sessions, refuse_privileged_role, transaction
 from tunery.leases import Fenced
 from tunery.settings import NodeSettings
@@ -172,7 +184,7 @@ class Supervisor:
             if untold is not None:
                 self._tell(untold)
             for line in read_lines(connection):
-                self._inbox.put(EVENTS.validate_json(line.replace(_NUL, _REPLACEMENT)))
+                self._inbox.put(_understood(EVENTS.validate_json(line.replace(_NUL, _REPLACEMENT))))
         except OSError:
             pass  # closed because the attempt is over
         except (LineTooLong, ValidationError) as error:
@@ -286,6 +298,17 @@ class Supervisor:
         with transaction(self._sessions) as session:
             leases.hold(session, self._work.attempt_id, self._work.fence)
             leases.release(session, self._work.attempt_id)
+
+
+def _understood(event: Event) -> Event:
+    """The event; or, when a trainer of another release introduces itself, the end of its attempt."""
+    if not isinstance(event, Started) or event.protocol == PROTOCOL:
+        return event
+    message = (
+        f"The trainer speaks version {event.protocol} of the protocol, this node version {PROTOCOL}: they are of "
+        "different releases. Restart the node (docs/upgrade.md)."
+    )
+    return Failed(code=FailureCode.INTERNAL, message=message, seq=event.seq, time=event.time, step=event.step)
 
 
 def main(attempt: str) -> int:

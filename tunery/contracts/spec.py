@@ -4,9 +4,12 @@ A `Recipe` is what a user asked for with every `auto` resolved; the job stores i
 recipe together with one attempt's files. Field names are Hugging Face's (`TrainingArguments`, `LoraConfig`).
 """
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+SPEC_VERSION = 1
 
 
 class Frozen(BaseModel):
@@ -124,3 +127,27 @@ class TrainingSpec(Frozen):
     """Directory of a verified checkpoint to continue from."""
     checkpoints: str
     output: str
+
+
+class _AnyVersion(BaseModel):
+    version: int
+
+
+class OtherVersion(ValueError):
+    """The spec was written by another release: whoever wrote it and whoever reads it do not belong together."""
+
+
+def read_spec(path: Path) -> TrainingSpec:
+    """The spec that a supervisor wrote.
+
+    Raises:
+        OtherVersion: it is of another version than this code's.
+        pydantic.ValidationError, OSError: it is no spec, or cannot be read.
+    """
+    written = path.read_bytes()
+    if (found := _AnyVersion.model_validate_json(written).version) != SPEC_VERSION:
+        raise OtherVersion(
+            f"the spec has version {found}, this trainer reads version {SPEC_VERSION}: node and trainer are of "
+            "different releases; restart the node (docs/upgrade.md)"
+        )
+    return TrainingSpec.model_validate_json(written)
