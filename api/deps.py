@@ -11,7 +11,7 @@ from fastapi import Depends, Request, Security
 from fastapi.security import HTTPBearer
 from sqlalchemy.orm import Session
 
-from tunery import db, ids, tenancy
+from tunery import db, failpoints, ids, tenancy
 from tunery.db import Sessions
 from tunery.errors import NotFound, Unauthenticated
 from tunery.settings import ApiSettings
@@ -72,6 +72,7 @@ def get_tenant(request: Request) -> Tenant:
 def get_session(tenant: Annotated[Tenant, Depends(get_tenant)]) -> Iterator[Session]:
     with tenant.transaction() as session:
         yield session
+    failpoints.reach("request.committed")
 
 
 def get_storage(request: Request) -> Storage:

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from scheduler.policy import schedule
-from tunery import catalogue, jobs, leases, outbox, queue, tasks
+from tunery import catalogue, failpoints, jobs, leases, outbox, queue, tasks
 from tunery.db import Sessions, transaction
 from tunery.dispatch import Doorbell
 from tunery.queue import Deposed
@@ -95,6 +95,7 @@ class Scheduler:
         decisions = schedule(world)
         with transaction(self._sessions) as session:
             assigned = queue.apply(session, epoch, decisions)
+            failpoints.reach("assign.made")
         if assigned:
             log.info("assigned", jobs=assigned, waiting=len(world.jobs) - assigned)
         return assigned
@@ -113,6 +114,7 @@ class Scheduler:
                 to = [message.payload["node_id"]] if message.topic == outbox.RING_NODE else everyone
                 for node_id in to:
                     self._doorbell.ring(node_id, str(message.id))
+            failpoints.reach("relay.rung")
             with transaction(self._sessions) as session:
                 outbox.mark_sent(session, [message.id])
 

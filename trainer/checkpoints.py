@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer import manifest
 from trainer.failures import TrainingFailed
+from tunery import failpoints
 from tunery.contracts.events import FileEntry
 from tunery.contracts.spec import TrainingSpec
 from tunery.states import FailureCode
@@ -47,6 +48,7 @@ def save(folder: Path, spec: TrainingSpec, trainer: Any, progress: Progress) -> 
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write_adapter(temporary, trainer.model, spec)
+    failpoints.reach("checkpoint.writing")
     optimizer = trainer.optimizer.state_dict()
     moments = {
         f"{number}.{name}": _plain(t) for number, state in optimizer["state"].items() for name, t in state.items()

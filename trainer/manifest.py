@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from tunery import failpoints
 from tunery.contracts.events import FileEntry
 
 
@@ -33,8 +34,10 @@ def publish(temporary: Path, final: Path) -> None:
     for path in [*temporary.rglob("*"), temporary]:
         path.chmod(0o755 if path.is_dir() else 0o644)
         _fsync(path)
+    failpoints.reach("folder.synced")
     temporary.rename(final)
     _fsync(final.parent)
+    failpoints.reach("folder.renamed")
 
 
 def _fsync(path: Path) -> None:

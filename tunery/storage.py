@@ -10,6 +10,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from tunery import failpoints
 from tunery.contracts.events import FileEntry
 from tunery.errors import Unavailable
 from tunery.settings import MIB, StorageSettings
@@ -47,7 +48,10 @@ class Storage:
         self._do(lambda: self._client.head_bucket(Bucket=self.bucket))
 
     def put(self, key: str, stream: BinaryIO) -> None:
-        self._do(lambda: self._client.upload_fileobj(stream, self.bucket, key, Config=self._transfer))
+        def sent(_: int) -> None:
+            failpoints.reach("store.part")
+
+        self._do(lambda: self._client.upload_fileobj(stream, self.bucket, key, Config=self._transfer, Callback=sent))
 
     def put_bytes(self, key: str, data: bytes) -> None:
         self._do(lambda: self._client.put_object(Bucket=self.bucket, Key=key, Body=data))

@@ -18,7 +18,7 @@ import structlog
 from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import Session
 
-from tunery import catalogue, datasets, estimate, jobs, leases, tasks
+from tunery import catalogue, datasets, estimate, failpoints, jobs, leases, tasks
 from tunery.datasets import Dataset, Report
 from tunery.db import Sessions, transaction
 from tunery.errors import Unavailable
@@ -104,6 +104,7 @@ class Chores:
                 leases.reject(session, job, problem.code, problem.message, problem.param)
                 tasks.finish(task)
             return
+        failpoints.reach("task.checked")
         with transaction(self._sessions) as session:
             job = jobs.lock(session, lease.job_id)
             task = tasks.hold(session, lease)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import structlog
 
-from tunery import adapters, leases, progress
+from tunery import adapters, failpoints, leases, progress
 from tunery.contracts.events import (
     EXIT_MEMORY,
     EXIT_STOPPED,
@@ -117,7 +117,9 @@ class Ending:
             message = "The object store stayed away while the result was to be stored."
             self.fail(FailureCode.STORAGE_UNAVAILABLE, message, trainer_gone=trainer_gone)
             return
+        failpoints.reach("result.uploaded")
         persist("publishing", commit, self._settings.outage_grace_s)
+        failpoints.reach("result.published")
         log.info("published", model=self._work.model_name, prefix=output.prefix)
 
     def _tail(self) -> str:

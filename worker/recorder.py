@@ -6,7 +6,7 @@ from collections import deque
 import structlog
 from sqlalchemy.exc import DBAPIError
 
-from tunery import progress
+from tunery import failpoints, progress
 from tunery.contracts.events import DROPPABLE, Event
 from tunery.db import Sessions, transaction
 from tunery.leases import Fenced
@@ -74,6 +74,7 @@ class Recorder:
                 return
             with transaction(self._sessions) as session:
                 progress.ingest(session, self._work.attempt_id, self._work.fence, batch)
+                failpoints.reach("events.written")
             with self._lock:
                 written = {event.seq for event in batch}
                 while self._waiting and self._waiting[0].seq in written:

@@ -21,7 +21,7 @@ from pathlib import Path
 import structlog
 from pydantic import ValidationError
 
-from tunery import leases
+from tunery import failpoints, leases
 from tunery.contracts.channel import LineTooLong, read_lines, send_line
 from tunery.contracts.events import (
     EVENTS,
@@ -337,6 +337,7 @@ def main(attempt: str) -> int:
     else:
         structlog.contextvars.bind_contextvars(job=str(work.job_id), no=work.attempt_no, fence=work.fence)
         log.info("claimed", start_step=work.start_step)
+        failpoints.reach("attempt.claimed")
         Supervisor(work, Workspace(root), Storage(settings), sessions, settings).run()
         log.info("over")
     Path(lock.name).unlink(missing_ok=True)

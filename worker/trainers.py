@@ -14,11 +14,12 @@ from typing import Protocol
 
 from tunery.contracts.channel import send_line
 from tunery.contracts.events import Attach
+from tunery.failpoints import VARIABLES as FAILPOINTS
 from tunery.states import FailureCode
 from worker import inventory, processes
 from worker.workspace import Work, Workspace
 
-_PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "CUDA_HOME", "TUNERY_TICK_TIMEOUT_S")
+_PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "CUDA_HOME", "TUNERY_TICK_TIMEOUT_S", *FAILPOINTS)
 """Of the supervisor's environment a trainer sees only these: no secret has a name here."""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 from sqlalchemy.exc import DBAPIError
 
-from tunery import attempt_logs, progress
+from tunery import attempt_logs, failpoints, progress
 from tunery.contracts.events import Checkpoint, FileEntry
 from tunery.db import Sessions, transaction
 from tunery.errors import Unavailable
@@ -77,6 +77,7 @@ class CheckpointUploads:
         folder, key = Path(said.path), f"{prefix(self._work)}/checkpoints/step-{said.step}"
         # training goes on through an outage, and so do we: only the end of the attempt has a deadline
         upload(self._storage, folder, said.files, key, math.inf, self._abort)
+        failpoints.reach("checkpoint.uploaded")
 
         def record() -> None:
             with transaction(self._sessions) as session:

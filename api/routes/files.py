@@ -17,7 +17,7 @@ from api.errors import too_large
 from api.schemas.common import Deleted, Page
 from api.schemas.files import FileOut, file_out
 from api.streams import stream
-from tunery import datasets, files, ids, jobs
+from tunery import datasets, failpoints, files, ids, jobs
 from tunery.db import after_commit
 from tunery.errors import Invalid, NotFound
 from tunery.files import PURPOSES, File
@@ -90,6 +90,7 @@ def create_file(
     key = files.object_key(tenant.project_id, file_id)
     try:
         storage.put(key, content)
+        failpoints.reach("upload.stored")
         with tenant.transaction() as session:
             file = files.record(
                 session,
