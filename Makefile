@@ -24,12 +24,14 @@ test: setup  ## every test, against real servers
 quick: setup  ## the tests that take seconds
 	@$(VENV_PYTHON) -m pytest -m "not slow"
 
-check: setup  ## ruff, types, import rules, models against migrations
+check: setup  ## ruff, types, import rules, models against migrations, Dockerfiles
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@$(VENV_PYTHON) scripts/typecheck.py
 	@.venv/bin/lint-imports --no-cache
 	@$(VENV_PYTHON) scripts/alembic_check.py
+	@.venv/bin/hadolint Dockerfile.api Dockerfile.worker
+	@.venv/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
 
 format: setup  ## let ruff put the code in order
 	@.venv/bin/ruff check --fix .

@@ -1,16 +1,39 @@
 """Settings of each program: read once from the environment in its entry point, then passed down."""
 
+import os
 from pathlib import Path
 from typing import Self
 
 from pydantic import Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+)
 
 MIB = 1024 * 1024
 
 
 class _Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TUNERY_", frozen=True, extra="ignore")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment; then, where `TUNERY_SECRETS_DIR` names a folder, its files, such as `tunery_redis_url`.
+
+        A container's environment is shown to whoever may inspect it; its mounted files are not.
+        """
+        folder = os.environ.get("TUNERY_SECRETS_DIR")
+        files = (SecretsSettingsSource(settings_cls, secrets_dir=folder),) if folder else ()
+        return init_settings, env_settings, *files
 
 
 class DatabaseSettings(_Settings):

@@ -3,8 +3,9 @@
 import http.client
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
@@ -19,7 +20,7 @@ REGION = "us-east-1"
 PORTS = ("s3", "filer", "master", "volume", "admin")
 GRPC_OFFSET = 10000
 _UNIX_PATH_LIMIT = 100
-_SIGNING = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
+SIGNING = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 
 
 class Key(NamedTuple):
@@ -37,7 +38,7 @@ class Objects:
         self.program = binaries.find("s3")
         secrets = home.secrets()
         self.root = Key(secrets.made("s3_root_id", 12), secrets.made("s3_root_secret"))
-        self.signing = {name: secrets.made(f"s3_{name}") for name in _SIGNING}
+        self.signing = {name: secrets.made(f"s3_{name}") for name in SIGNING}
         self.node = Key(secrets.made("s3_node_id", 12), secrets.made("s3_node_secret"))
 
     @property
@@ -49,8 +50,8 @@ class Objects:
         (data := folder / "data").mkdir(exist_ok=True)
         data.chmod(0o700)
         self.home.run_as.own(data)
-        self.home.owned_file(folder / "security.toml", self._security())
-        self.home.owned_file(folder / "identities.json", json.dumps(self._identities()))
+        self.home.owned_file(folder / "security.toml", security(self.signing))
+        self.home.owned_file(folder / "identities.json", json.dumps(identities(self.root, self.node)))
         command = Command(
             name=self.name,
             argv=[binaries.placed(self.program, self.home), *self._arguments()],
@@ -89,40 +90,47 @@ class Objects:
             *sockets,
         ]
 
-    def _security(self) -> str:
-        """Without these keys the filer hands every tenant's object to any local process that asks."""
-        return "".join(f'[{name}]\nkey = "{key}"\n' for name, key in self.signing.items())
-
-    def _identities(self) -> dict[str, object]:
-        node = [f"Read:{BUCKET}/u/*", f"Read:{BUCKET}/a/*", f"Write:{BUCKET}/a/*", f"List:{BUCKET}/a/*"]
-        return {
-            "identities": [
-                _identity("root", self.root, ["Admin", "Read", "Write", "List", "Tagging"]),
-                _identity("node", self.node, node),
-            ]
-        }
-
     def _ready(self) -> bool:
-        """Ready is: the bucket is there. A first start makes it."""
-        status = self._signed("HEAD")
-        if status == 404:
-            return self._signed("PUT") == 200
-        return status == 200
+        return bucket_ready(self.endpoint_url, self.root)
 
-    def _signed(self, method: str) -> int | None:
-        """A signed request for the bucket; boto3 itself would cost as long to import as the server takes to start."""
-        request = AWSRequest(method=method, url=f"{self.endpoint_url}/{BUCKET}", data=b"")
-        SigV4Auth(Credentials(*self.root), "s3", REGION).add_auth(request)
-        connection = http.client.HTTPConnection(ports.HOST, self.ports["s3"], timeout=5)
-        try:
-            connection.request(method, f"/{BUCKET}", headers=dict(request.headers.items()))
-            return connection.getresponse().status
-        except OSError:
-            return None
-        except http.client.HTTPException:
-            return None
-        finally:
-            connection.close()
+
+def security(signing: Mapping[str, str]) -> str:
+    """`security.toml`. Without these keys the filer hands every tenant's object to any local process that asks."""
+    return "".join(f'[{name}]\nkey = "{key}"\n' for name, key in signing.items())
+
+
+def identities(root: Key, node: Key) -> dict[str, object]:
+    """`identities.json`: who may do what."""
+    node_may = [f"Read:{BUCKET}/u/*", f"Read:{BUCKET}/a/*", f"Write:{BUCKET}/a/*", f"List:{BUCKET}/a/*"]
+    return {
+        "identities": [
+            _identity("root", root, ["Admin", "Read", "Write", "List", "Tagging"]),
+            _identity("node", node, node_may),
+        ]
+    }
+
+
+def bucket_ready(endpoint_url: str, root: Key) -> bool:
+    """Ready is: the bucket is there. A first start makes it."""
+    status = _signed("HEAD", endpoint_url, root)
+    if status == 404:
+        return _signed("PUT", endpoint_url, root) == 200
+    return status == 200
+
+
+def _signed(method: str, endpoint_url: str, key: Key) -> int | None:
+    """A signed request for the bucket; boto3 itself would cost as long to import as the server takes to start."""
+    request = AWSRequest(method=method, url=f"{endpoint_url}/{BUCKET}", data=b"")
+    SigV4Auth(Credentials(*key), "s3", REGION).add_auth(request)
+    place = urlsplit(endpoint_url)
+    connection = http.client.HTTPConnection(place.hostname or ports.HOST, place.port, timeout=5)
+    try:
+        connection.request(method, f"/{BUCKET}", headers=dict(request.headers.items()))
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
 
 
 def _identity(name: str, key: Key, actions: list[str]) -> dict[str, object]:
