@@ -18,7 +18,9 @@ from tunery.settings import ApiSettings
 from tunery.storage import Storage
 from tunery.tenancy import Identity
 
-PUBLIC = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"})
+JOIN = "/v1/nodes/join"
+"""Here the bearer is a join token, which its route checks: a machine that joins has no key."""
+PUBLIC = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", JOIN})
 """Everything else needs a key, also what has not been written yet."""
 
 _bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer ftk_live_...`")
@@ -28,14 +30,26 @@ def authenticate(request: Request) -> None:
     """Applied to the whole app. The key is looked up in a transaction of its own, before any project is known."""
     if request.scope["path"] in PUBLIC:
         return
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
+    if (key := _presented(request)) is None:
         fix = "Send the header 'Authorization: Bearer <key>'."
         raise Unauthenticated("You did not provide an API key.", fix=fix)
     app = request.app.state
     with db.transaction(app.sessions) as session:
         pepper = app.settings.key_pepper.get_secret_value()
-        request.state.identity = tenancy.authenticate(session, key.strip(), pepper)
+        request.state.identity = tenancy.authenticate(session, key, pepper)
+
+
+def join_token(request: Request, _shown_in_the_document: Annotated[Any, Security(_bearer)] = None) -> str:
+    """The token as it was sent; whether it admits anybody is for `membership.check_token` to say."""
+    if (token := _presented(request)) is None:
+        fix = "Send the header 'Authorization: Bearer <join token>'; `tunery node token` makes one."
+        raise Unauthenticated("You did not provide a join token.", fix=fix, code="invalid_join_token")
+    return token
+
+
+def _presented(request: Request) -> str | None:
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    return secret.strip() or None if scheme.lower() == "bearer" else None
 
 
 @dataclass(frozen=True)
@@ -97,4 +111,5 @@ TenantDep = Annotated[Tenant, Depends(get_tenant)]
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
 StorageDep = Annotated[Storage, Depends(get_storage)]
 SettingsDep = Annotated[ApiSettings, Depends(get_settings)]
+JoinToken = Annotated[str, Depends(join_token)]
 JobId = Annotated[uuid.UUID, Depends(job_id)]

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from scheduler.policy import schedule
-from tunery import catalogue, failpoints, jobs, leases, outbox, queue, tasks
+from tunery import catalogue, failpoints, jobs, leases, membership, outbox, queue, tasks
 from tunery.db import Sessions, transaction
 from tunery.dispatch import Doorbell
 from tunery.queue import Deposed
@@ -46,6 +46,7 @@ class Scheduler:
             ("decide", self.decide, self._settings.decide_s),
             ("relay", self.relay, self._settings.decide_s),
             ("sweep", self.sweep, self._settings.sweep_s),
+            ("doors", self.keep_doors, self._settings.sweep_s),
         ]
         threads = [threading.Thread(target=self._loop, args=loop, name=loop[0], daemon=True) for loop in loops]
         for thread in threads:
@@ -117,6 +118,15 @@ class Scheduler:
             failpoints.reach("relay.rung")
             with transaction(self._sessions) as session:
                 outbox.mark_sent(session, [message.id])
+
+    def keep_doors(self) -> None:
+        """A Redis that restarted has forgotten its users, and one that was away has kept those of removed nodes."""
+        if self._epoch is None:
+            return
+        with transaction(self._sessions) as session:
+            wanted, gone = membership.redis_users(session)
+        if (wanted or gone) and (changed := self._doorbell.keep_users(wanted, gone)):
+            log.info("redis users made or ended", nodes=[str(node_id) for node_id in changed])
 
     def sweep(self) -> None:
         """Find leases that ran out, assignments nobody took, GPUs that nobody will free."""

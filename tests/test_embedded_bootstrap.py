@@ -38,12 +38,14 @@ def admin(database_name: str | None = None) -> psycopg.Connection:
 def test_no_role_is_superuser_or_passes_by_row_level_security() -> None:
     session_servers.migrated()
     query = """
-        SELECT rolname, rolcanlogin, rolsuper OR rolbypassrls OR rolcreaterole OR rolcreatedb OR rolreplication
-        FROM pg_roles WHERE rolname LIKE 'tunery\\_%' ORDER BY rolname
+        SELECT rolname, rolcanlogin, rolsuper OR rolbypassrls OR rolcreatedb OR rolreplication, rolcreaterole
+        FROM pg_roles WHERE rolname LIKE 'tunery\\_%' AND rolname !~ '^tunery_node_' ORDER BY rolname
     """
     with admin() as connection:
         found = connection.execute(query).fetchall()
-    expected = [(role, role != bootstrap.OWNER, False) for role in sorted([bootstrap.OWNER, *bootstrap.LOGIN_ROLES])]
+    nobodys = (bootstrap.OWNER, bootstrap.LOGIN_MAKER)
+    everybody = sorted([*nobodys, *bootstrap.LOGIN_ROLES])
+    expected = [(role, role not in nobodys, False, role == bootstrap.LOGIN_MAKER) for role in everybody]
     assert found == expected
 
 

@@ -90,9 +90,10 @@ def test_no_function_that_acts_as_its_owner_is_for_everybody(database: Database)
 def test_roles_are_what_they_say(database: Database) -> None:
     query = """
         SELECT rolname, rolsuper, rolbypassrls, rolcreaterole, rolcreatedb, rolcanlogin FROM pg_roles
-        WHERE rolname LIKE 'tunery\\_%'"""
+        WHERE rolname LIKE 'tunery\\_%' AND rolname !~ '^tunery_node_'"""
     found = {str(name): flags for name, *flags in rows(database, query)}
-    assert found.keys() == {*bootstrap.LOGIN_ROLES, bootstrap.OWNER}
+    assert found.keys() == {*bootstrap.LOGIN_ROLES, bootstrap.OWNER, bootstrap.LOGIN_MAKER}
+    assert found.pop(bootstrap.LOGIN_MAKER) == [False, False, True, False, False]
     for role, (*powers, may_log_in) in found.items():
         assert not any(powers), role
         assert may_log_in == (role != bootstrap.OWNER)

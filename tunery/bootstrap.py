@@ -16,12 +16,19 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import psycopg
 from psycopg import sql
 
+from tunery import node_logins
+
 OWNER = "tunery_owner"
 LOGIN_ROLES = ("tunery_migrate", "tunery_api", "tunery_scheduler", "tunery_worker", "tunery_notifier", "tunery_backup")
 """None is superuser, none has BYPASSRLS. `tunery_backup` neither: the migrations give it SELECT and a policy on each
 table, and it dumps with `pg_dump --enable-row-security`, so a stolen backup password can read but change nothing."""
+LOGIN_MAKER = "tunery_logins"
+"""Nobody logs in as it. It owns the functions that make and end the logins of nodes that joined, and may hand on one
+role only: `tunery_worker`, to be used and not to be become."""
 DATABASE = "tunery"
 OLDEST_POSTGRES = 15
+OLDEST_TO_JOIN = 16
+"""Before 16 whoever is a member of a role may become it, and change its password."""
 ORGANIZATION, PROJECT, KEY = "local", "default", "admin"
 _LOCK = 7_206_542
 _ROOT = Path(__file__).resolve().parents[1]
@@ -45,11 +52,16 @@ def create_roles(admin_url: str, passwords: Mapping[str, str], database: str | N
             # NOINHERIT: the migrating role owns nothing until it says SET ROLE.
             _ensure_role(connection, role, sql.SQL("LOGIN NOINHERIT"), passwords[role])
         _run(connection, "GRANT {} TO tunery_migrate", OWNER)
+        _ensure_role(connection, LOGIN_MAKER, sql.SQL("NOLOGIN CREATEROLE"))
+        if connection.info.server_version >= OLDEST_TO_JOIN * 10000:
+            _run(connection, "GRANT tunery_worker TO {} WITH ADMIN TRUE, INHERIT FALSE, SET FALSE", LOGIN_MAKER)
         if not _is_superuser(connection):
-            _run(connection, "GRANT {} TO CURRENT_USER", OWNER)  # whoever makes a database for another role must be it
+            for role in (OWNER, LOGIN_MAKER):  # whoever makes a database or a function for another role must be it
+                _run(connection, "GRANT {} TO CURRENT_USER", role)
         _ensure_database(connection, database)
     with _admin(url_for(admin_url, database=database)) as connection:
         _grant_database(connection, database)
+        node_logins.install(connection)
     return database
 
 

@@ -2,12 +2,15 @@
 
 import json
 import uuid
+from collections.abc import Iterable, Mapping
 
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from rq import Queue
 from rq.serializers import JSONSerializer
+
+from tunery import redis_acl
 
 RING = "worker.ring.ring"
 """A wire contract: this process never imports the worker."""
@@ -36,7 +39,13 @@ class Doorbell:
 
     def ring(self, node_id: uuid.UUID | str, what: str) -> None:
         queue = Queue(queue_name(node_id), connection=self._redis, serializer=JSONSerializer)
-        queue.enqueue_call(RING, args=(what,), timeout=60, result_ttl=0, ttl=300, failure_ttl=3600)
+        # the node's id leads, so that a node's own Redis user can be held to its own messages
+        message = f"{node_id}-{uuid.uuid4().hex}"
+        queue.enqueue_call(RING, args=(what,), job_id=message, timeout=60, result_ttl=0, ttl=300, failure_ttl=3600)
+
+    def keep_users(self, wanted: Mapping[uuid.UUID, str], gone: Iterable[uuid.UUID]) -> list[uuid.UUID]:
+        """Joined nodes' own users, as Postgres has them; those that had to be made or ended."""
+        return redis_acl.restore(self._redis, wanted, gone)
 
     def announce(self, job_id: str, state: str) -> None:
         """Tell whoever listens right now that a job has ended. Nothing waits for a listener."""

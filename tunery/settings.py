@@ -99,6 +99,13 @@ class ApiSettings(DatabaseSettings, RedisSettings, StorageSettings):
     """Jobs of one project that have not ended."""
     docs_url: str = "docs/errors.md"
     """What errors point to: this page of the checkout, or wherever you publish it."""
+    node_database_url: SecretStr | None = None
+    """Where nodes that join reach the servers, without a login: theirs is made for them. Default: as the api does."""
+    node_redis_url: SecretStr | None = None
+    node_s3_endpoint_url: str | None = None
+    node_s3_access_key_id: SecretStr | None = None
+    """The object store's identity for nodes: reads `u/` and `a/`, writes `a/`. Without it no node can join."""
+    node_s3_secret_access_key: SecretStr | None = None
 
 
 class SchedulerSettings(DatabaseSettings, RedisSettings, Clocks):
@@ -106,7 +113,9 @@ class SchedulerSettings(DatabaseSettings, RedisSettings, Clocks):
     """Pause between two passes of the policy, and between two looks into the outbox."""
 
 
-class NodeSettings(DatabaseSettings, RedisSettings, StorageSettings, Clocks):
+class NodeSettings(DatabaseSettings, StorageSettings, Clocks):
+    redis_url: SecretStr | None = None
+    """None: nobody can ring, and work is found by polling."""
     home: Path
     """The node's own folder: lock, socket, pid files, workspaces."""
     model_store: Path | None = None

@@ -225,6 +225,8 @@ class Node:
 
     def _keep_ring(self) -> None:
         """One RQ worker. When Redis is away it ends, and is started again a little later."""
+        if self._settings.redis_url is None:
+            return
         if self._ring is not None and self._ring.poll() is None:
             return
         if time.monotonic() < self._ring_after:

@@ -36,6 +36,7 @@ class Programs:
             "TUNERY_API_HOST": ports.HOST,
             "TUNERY_API_PORT": str(self.api_port),
             **self.servers.s3_root.environment(),
+            **self.servers.s3_for_joined(),
         }
         return self._child("api", "api", own, self.home.root, self._api_ready)
 
@@ -90,7 +91,7 @@ def _inherited(folder: Path) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in _SECRET_NAMES and not name.startswith(("TUNERY_S3_", "TUNERY_ADMIN_"))
+        if name not in _SECRET_NAMES and not name.startswith(("TUNERY_S3_", "TUNERY_ADMIN_", "TUNERY_NODE_S3_"))
     }
     return kept | {"PYTHONPATH": import_path(folder), "PYTHONUNBUFFERED": "1"}
 

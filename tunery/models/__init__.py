@@ -1,6 +1,20 @@
 """The tables. Only services (`tunery.jobs`, `tunery.queue`, ...) may import them."""
 
-from tunery.models.fleet import Allocation, Attempt, AttemptNode, Engine, Gpu, Leader, Node, Outbox, Slot, Task, Usage
+from tunery.models.fleet import (
+    Allocation,
+    Attempt,
+    AttemptNode,
+    Engine,
+    Gpu,
+    JoinToken,
+    Leader,
+    Node,
+    NodeCredentials,
+    Outbox,
+    Slot,
+    Task,
+    Usage,
+)
 from tunery.models.registry import Adapter, AdapterVersion, BaseModel, Checkpoint, Event, MetricChunk, MetricSeries
 from tunery.models.tenancy import ApiKey, Dataset, File, Job, Member, Organization, Project
 
@@ -19,11 +33,13 @@ __all__ = [
     "File",
     "Gpu",
     "Job",
+    "JoinToken",
     "Leader",
     "Member",
     "MetricChunk",
     "MetricSeries",
     "Node",
+    "NodeCredentials",
     "Organization",
     "Outbox",
     "Project",

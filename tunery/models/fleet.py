@@ -10,6 +10,7 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Identity,
     Index,
+    LargeBinary,
     Sequence,
     UniqueConstraint,
     text,
@@ -30,10 +31,13 @@ _ENDED_SQL = ", ".join(f"'{state}'" for state in sorted(ENDED_ATTEMPT))
 
 class Node(Base):
     __tablename__ = "nodes"
-    __table_args__ = (one_of("state", ("up", "cordoned", "draining", "down")),)
+    __table_args__ = (
+        one_of("state", ("up", "cordoned", "draining", "down")),
+        Index("ix_nodes_name_in_use", "name", unique=True, postgresql_where=text("removed_at IS NULL")),
+    )
 
     id: Mapped[Id]
-    name: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str]
     boot_id: Mapped[uuid.UUID]
     """New at every start of the node process."""
     state: Mapped[str] = mapped_column(default="up")
@@ -42,6 +46,35 @@ class Node(Base):
     info: Mapped[Json]
     registered_at: Mapped[Created]
     last_seen_at: Mapped[Moment] = mapped_column(server_default=text("now()"))
+    removed_at: Mapped[Moment | None]
+    """Set once and for good: a machine that comes back joins anew, as another node."""
+
+
+class NodeCredentials(Base):
+    """A joined node's own logins. Its database role is named after its id; of its Redis password the hash is kept."""
+
+    __tablename__ = "node_credentials"
+
+    node_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("nodes.id"), primary_key=True)
+    redis_sha256: Mapped[str | None]
+    """None: the Redis server takes no ACL users, and the node works by polling."""
+    created_at: Mapped[Created]
+    revoked_at: Mapped[Moment | None]
+
+
+class JoinToken(Base):
+    """Admits one node, once. Only an HMAC of its text is kept; who made it and what it admitted stays on record."""
+
+    __tablename__ = "join_tokens"
+    __table_args__ = (CheckConstraint("(used_at IS NULL) = (node_id IS NULL)", name="used_by_a_node"),)
+
+    id: Mapped[Id]
+    token_hmac: Mapped[bytes] = mapped_column(LargeBinary, unique=True)
+    created_by: Mapped[uuid.UUID] = mapped_column(ForeignKey("api_keys.id"))
+    created_at: Mapped[Created]
+    expires_at: Mapped[Moment]
+    used_at: Mapped[Moment | None]
+    node_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("nodes.id"))
 
 
 class Gpu(Base):
