@@ -137,6 +137,12 @@ def schema_version(url: str) -> str | None:
     return row[0] if row else None
 
 
+def is_prepared(url: str) -> bool:
+    """Does the database have what only an admin can make? An older release made less. Asked as `tunery_migrate`."""
+    with psycopg.connect(url, connect_timeout=5) as connection:
+        return connection.execute("SELECT 1 FROM pg_proc WHERE proname = 'drop_node_login'").fetchone() is not None
+
+
 def url_for(url: str, role: str | None = None, password: str | None = None, database: str | None = None) -> str:
     """The same server, through another role or to another database."""
     parts = urlsplit(url)

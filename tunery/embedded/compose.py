@@ -46,6 +46,7 @@ def write_secrets(folder: Path, postgres: str = POSTGRES, valkey: str = VALKEY, 
             "tunery_redis_url": redis_url,
             "tunery_key_pepper": made("key_pepper"),
             **_s3_files(root),
+            **_s3_files(node, "tunery_node_s3"),  # which it hands to nodes that join
         },
         "scheduler": {"tunery_database_url": urls["tunery_scheduler"], "tunery_redis_url": redis_url},
         "worker": {"tunery_database_url": urls["tunery_worker"], "tunery_redis_url": redis_url, **_s3_files(node)},
@@ -84,11 +85,8 @@ def _urls(folder: Path, postgres: str) -> dict[str, str]:
     return {role: bootstrap.url_for(server, role, made(f"role_{role}")) for role in bootstrap.LOGIN_ROLES}
 
 
-def _s3_files(key: Key) -> dict[str, str]:
-    return {
-        "tunery_s3_access_key_id": key.access_key_id,
-        "tunery_s3_secret_access_key": key.secret_access_key,
-    }
+def _s3_files(key: Key, name: str = "tunery_s3") -> dict[str, str]:
+    return {f"{name}_access_key_id": key.access_key_id, f"{name}_secret_access_key": key.secret_access_key}
 
 
 def _valkey_conf(password: str) -> str:

@@ -20,7 +20,7 @@ def prepare(home: Home, servers: Servers) -> dict[str, str]:
     urls = {role: bootstrap.url_for(admin_url, role, passwords[role], database) for role in bootstrap.LOGIN_ROLES}
     if _is_current(home, servers, urls["tunery_migrate"]):
         return urls
-    if servers.postgres or not all(map(_opens, urls.values())):
+    if servers.postgres or not all(map(_opens, urls.values())) or not bootstrap.is_prepared(urls["tunery_migrate"]):
         # On a server of the user's the URL has to be an admin's only until our roles can log in.
         try:
             bootstrap.create_roles(admin_url, passwords, database)

@@ -3,12 +3,12 @@
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tunery.embedded import ports
 from tunery.embedded.home import Home
-from tunery.embedded.objects import BUCKET, GRPC_OFFSET, PORTS, REGION, Objects
+from tunery.embedded.objects import BUCKET, GRPC_OFFSET, PORTS, REGION, Key, Objects
 from tunery.embedded.postgres import Postgres
 from tunery.embedded.problems import Refused
 from tunery.embedded.process import Child
@@ -29,6 +29,8 @@ class External:
     s3_secret_access_key: str | None = None
     s3_bucket: str = BUCKET
     s3_region: str = REGION
+    node_s3_access_key_id: str | None = None
+    node_s3_secret_access_key: str | None = None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "External":
@@ -43,6 +45,8 @@ class External:
             s3_secret_access_key=given("S3_SECRET_ACCESS_KEY"),
             s3_bucket=given("S3_BUCKET") or BUCKET,
             s3_region=given("S3_REGION") or REGION,
+            node_s3_access_key_id=given("NODE_S3_ACCESS_KEY_ID"),
+            node_s3_secret_access_key=given("NODE_S3_SECRET_ACCESS_KEY"),
         )
         if found.s3_endpoint_url and not (found.s3_access_key_id and found.s3_secret_access_key):
             raise Refused(
@@ -146,8 +150,29 @@ class Servers:
 
     @property
     def s3_node(self) -> S3Identity:
-        """For nodes. On a store of the user's own it is the user's one identity: we cannot make another there."""
-        return self._s3("node")
+        """For the node here. On a store of the user's own: TUNERY_NODE_S3_*, or else the user's one identity."""
+        found = self._s3("node")
+        if self.objects or not (own := self.s3_for_joined()):
+            return found
+        return replace(
+            found,
+            access_key_id=own["TUNERY_NODE_S3_ACCESS_KEY_ID"],
+            secret_access_key=own["TUNERY_NODE_S3_SECRET_ACCESS_KEY"],
+        )
+
+    def s3_for_joined(self) -> dict[str, str]:
+        """For the api, which hands it to nodes that join: never the root identity. Empty where the user named none."""
+        own = self.external
+        if self.objects:
+            key = self.objects.node
+        elif own.node_s3_access_key_id and own.node_s3_secret_access_key:
+            key = Key(own.node_s3_access_key_id, own.node_s3_secret_access_key)
+        else:
+            return {}
+        return {
+            "TUNERY_NODE_S3_ACCESS_KEY_ID": key.access_key_id,
+            "TUNERY_NODE_S3_SECRET_ACCESS_KEY": key.secret_access_key,
+        }
 
     def _s3(self, identity: Literal["root", "node"]) -> S3Identity:
         own = self.external
