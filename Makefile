@@ -22,7 +22,7 @@ test: setup  ## every test, against real servers
 	@$(VENV_PYTHON) -m pytest
 
 quick: setup  ## the tests that take seconds
-	@$(VENV_PYTHON) -m pytest -m "not slow"
+	@$(VENV_PYTHON) -m pytest -m "not slow and not chaos"
 
 check: setup  ## ruff, types, import rules, models against migrations, Dockerfiles
 	@.venv/bin/ruff check .

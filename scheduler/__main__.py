@@ -18,7 +18,8 @@ from tunery.telemetry import configure_logs
 def main() -> int:
     configure_logs("scheduler")
     settings = SchedulerSettings()  # type: ignore[call-arg] - from the environment
-    engine = make_engine(settings.database_url.get_secret_value())
+    # a frozen leader's transaction holds the leader's row: it may do so no longer than the lead itself lasts
+    engine = make_engine(settings.database_url.get_secret_value(), idle_timeout_s=settings.leader_ttl_s)
     refuse_privileged_role(engine)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -6,7 +6,8 @@ transaction that decides carries this leader's epoch; a scheduler that was depos
 
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import structlog
 from redis.exceptions import RedisError
@@ -142,22 +143,29 @@ class Scheduler:
             late_tasks = tasks.expired(session, clocks.lost_grace_s)
             outbox.sweep(session)
         for attempt_id in expired:
-            with transaction(self._sessions) as session:
-                queue.assert_leader(session, epoch)
+            with self._one(epoch) as session:
                 if leases.declare_lost(session, attempt_id, clocks.lost_grace_s):
                     log.warning("attempt lost", attempt=str(attempt_id))
         for attempt_id in unclaimed:
-            with transaction(self._sessions) as session:
-                queue.assert_leader(session, epoch)
+            with self._one(epoch) as session:
                 leases.unassign(session, attempt_id)
         for attempt_id in stranded:
-            with transaction(self._sessions) as session:
-                queue.assert_leader(session, epoch)
+            with self._one(epoch) as session:
                 leases.release(session, attempt_id)
         for task_id, job_id in late_tasks:
+            with self._one(epoch) as session:
+                self._take_back(session, task_id, job_id)
+
+    @contextmanager
+    def _one(self, epoch: int) -> Iterator[Session]:
+        """A leader's transaction about one thing. If it cannot be had now (somebody cut off still has it locked),
+        the others are looked after all the same; the next sweep finds it again."""
+        try:
             with transaction(self._sessions) as session:
                 queue.assert_leader(session, epoch)
-                self._take_back(session, task_id, job_id)
+                yield session
+        except DBAPIError as error:
+            log.warning("left for the next sweep", error=str(error.orig).strip()[:200])
 
     def _take_back(self, session: Session, task_id: uuid.UUID, job_id: uuid.UUID | None) -> None:
         """A task whose node fell silent: another try, or, when its tries are used up, the end of what it was for."""

@@ -36,9 +36,23 @@ def driver_url(url: str) -> URL:
     return make_url(url).set(drivername="postgresql+psycopg")
 
 
-def make_engine(url: str, *, pool_size: int = 5, statement_timeout_s: float = 30) -> Engine:
-    """An engine whose connections give up rather than hang: on connect, on a lock, on a statement."""
-    options = f"-c statement_timeout={int(statement_timeout_s * 1000)} -c lock_timeout=10000 -c timezone=UTC"
+def make_engine(url: str, *, pool_size: int = 5, statement_timeout_s: float = 30, idle_timeout_s: float = 30) -> Engine:
+    """An engine whose connections give up rather than hang: on connect, on a lock, on a statement.
+
+    `idle_timeout_s`: a transaction whose program says nothing for so long is rolled back by the server. A frozen or
+    cut-off program would otherwise keep its locks, and those who are to take over would wait for it for ever.
+    """
+    settings = {
+        "statement_timeout": int(statement_timeout_s * 1000),
+        "lock_timeout": 10_000,
+        "idle_in_transaction_session_timeout": int(idle_timeout_s * 1000),
+        # the server's end of the same line, for the same reason
+        "tcp_keepalives_idle": 10,
+        "tcp_keepalives_interval": 5,
+        "tcp_keepalives_count": 3,
+        "timezone": "UTC",
+    }
+    options = " ".join(f"-c {name}={value}" for name, value in settings.items())
     return create_engine(
         driver_url(url),
         pool_size=pool_size,

@@ -27,7 +27,8 @@ def main() -> int:
         log.error("a node already runs in this home", home=str(settings.home))
         return 1
     with lock:
-        engine = make_engine(settings.database_url.get_secret_value(), pool_size=settings.cpu_task_slots + 2)
+        url, tasks = settings.database_url.get_secret_value(), settings.cpu_task_slots
+        engine = make_engine(url, pool_size=tasks + 2, idle_timeout_s=settings.lease_s)
         refuse_privileged_role(engine)
         node_id = _identity(settings)
         try:

@@ -49,8 +49,9 @@ def persist(what: str, work: Callable[[], T], grace_s: float, stop: threading.Ev
         pause = min(pause * 2, 5)
 
 
-_PASSING = ("08", "40", "53", "55P03", "57", "58")
-"""SQLSTATE classes that a later try may not meet: connection, rollback, resources, lock timeout, shutdown, system."""
+_PASSING = ("08", "25006", "25P03", "40", "53", "55P03", "57", "58")
+"""SQLSTATEs (or their classes) that a later try may not meet: connection, a server that is only a replica for now, a
+transaction that was idle for too long, rollback, resources, lock timeout, shutdown, system."""
 
 
 def passing(error: DBAPIError) -> bool:

@@ -327,7 +327,9 @@ def main(attempt: str) -> int:
     lock.write(str(os.getpid()))
     lock.flush()
     processes.become_subreaper()
-    engine = make_engine(settings.database_url.get_secret_value(), pool_size=3)
+    # cut off in the middle of a transaction, we must not keep the job locked until after our lease is over
+    url = settings.database_url.get_secret_value()
+    engine = make_engine(url, pool_size=3, idle_timeout_s=settings.lease_s)
     refuse_privileged_role(engine)
     sessions = make_sessions(engine, node_id=node_id)
     claimed_by = f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"

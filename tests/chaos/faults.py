@@ -99,6 +99,6 @@ def http_error(
     return Fault(answer=(status, body), on=on, times=times, fraction=fraction)
 
 
-def drop_reply_to(pattern: str, *, times: int | None = 1) -> Fault:
+def drop_reply_to(pattern: str, *, times: int | None = 1, fraction: float = 1) -> Fault:
     """The server does what the request says, and the connection is reset instead of the reply."""
-    return Fault(drop_reply=True, on=pattern, times=times)
+    return Fault(drop_reply=True, on=pattern, times=times, fraction=fraction)

@@ -129,8 +129,8 @@ class Proxy:
         self._open.add(connection)
         try:
             await (connection.exchanges() if self.http else connection.stream())
-        except _BROKEN:
-            pass
+        except (*_BROKEN, asyncio.CancelledError):
+            pass  # cancelled: the proxy closes; asyncio would log every connection
         finally:
             self._open.discard(connection)
             connection.close()
