@@ -33,6 +33,7 @@ STATUS = {
     "join_not_prepared": 409,
     "file_too_large": 413,
     "insufficient_quota": 429,
+    "storage_quota_exceeded": 429,
     "internal_error": 500,
     "service_unavailable": 503,
 }

@@ -15,6 +15,8 @@ MAX_CHUNKS = 64
 def choose(attempts: Sequence[AttemptView], number: int | None) -> Attempt:
     """The attempt of that number, or the newest. Raises NotFound."""
     found = [view.attempt for view in attempts if number in (None, view.attempt.no)]
+    if found and (gone := found[-1].logs_deleted_at) is not None:
+        raise NotFound(f"The log of attempt {found[-1].no} was deleted on {gone:%Y-%m-%d}.", param="attempt")
     if found:
         return found[-1]
     if number is None:

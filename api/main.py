@@ -7,7 +7,7 @@ from api import errors
 from api.deps import authenticate
 from api.documentation import ALWAYS, operation_id
 from api.middleware import BodyLimit, Edge
-from api.routes import adapters, base_models, files, health, identity, jobs, legacy, models, nodes
+from api.routes import adapters, base_models, files, health, identity, jobs, legacy, models, nodes, usage
 from tunery import __version__
 from tunery.db import Sessions
 from tunery.dispatch import connect
@@ -38,7 +38,7 @@ def create_app(sessions: Sessions, storage: Storage, settings: ApiSettings) -> F
     app.state.redis = connect(settings.redis_url.get_secret_value())
     app.state.probes = anyio.CapacityLimiter(4)
     errors.install(app)
-    for module in (files, jobs, models, base_models, adapters, nodes, identity, legacy, health):
+    for module in (files, jobs, models, base_models, adapters, nodes, usage, identity, legacy, health):
         app.include_router(module.router)  # routers carry their whole prefix: metrics name a route by it
     uploads = {("POST", "/v1/files"): settings.max_file_bytes}
     app.add_middleware(BodyLimit, default=MAX_JSON_BYTES, files=uploads)

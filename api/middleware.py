@@ -18,7 +18,7 @@ log = structlog.get_logger(__name__)
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{8,128}")
 _METHODS = ("GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS")
 _QUIET = ("/healthz", "/readyz", "/metrics")
-_FRAMING_BYTES = 64 * 1024
+FRAMING_BYTES = 64 * 1024
 """What multipart adds to a file: boundaries, headers and the other fields. The route itself measures the file."""
 _LINGER_S = 15.0
 """So long we keep reading what a refused client still sends: closing at once would reset the connection, and the
@@ -74,7 +74,7 @@ class BodyLimit:
             return
         file_limit = self._files.get((scope["method"], scope["path"]))
         scope["max_body_bytes"] = limit = self._default if file_limit is None else file_limit
-        whole = limit if file_limit is None else limit + _FRAMING_BYTES
+        whole = limit if file_limit is None else limit + FRAMING_BYTES
         body = _Body(scope, receive, send, whole)
         if body.announced > whole:
             refused = errors.answer(errors.too_large(limit), scope)

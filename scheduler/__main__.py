@@ -7,11 +7,13 @@ import threading
 import uuid
 
 import structlog
+from pydantic import ValidationError
 
 from scheduler.service import Scheduler
 from tunery.db import make_engine, make_sessions, refuse_privileged_role
 from tunery.dispatch import Doorbell, connect
-from tunery.settings import SchedulerSettings
+from tunery.settings import SchedulerSettings, StorageSettings
+from tunery.storage import Storage
 from tunery.telemetry import configure_logs
 
 
@@ -27,8 +29,16 @@ def main() -> int:
     holder = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
     doorbell = Doorbell(connect(settings.redis_url.get_secret_value()))
     structlog.get_logger().info("scheduler started", holder=holder)
-    Scheduler(make_sessions(engine), doorbell, settings, holder).run(stop)
+    Scheduler(make_sessions(engine), doorbell, settings, holder, _storage()).run(stop)
     return 0
+
+
+def _storage() -> Storage | None:
+    """Only deleting needs one: a scheduler without an identity there does all the rest."""
+    try:
+        return Storage(StorageSettings())  # type: ignore[call-arg] - from the environment
+    except ValidationError:
+        return None
 
 
 if __name__ == "__main__":

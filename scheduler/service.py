@@ -15,12 +15,15 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from scheduler.policy import schedule
+from scheduler.tidy import Tidy
 from tunery import catalogue, failpoints, jobs, leases, membership, outbox, queue, tasks
 from tunery.db import Sessions, transaction
 from tunery.dispatch import Doorbell
+from tunery.errors import Unavailable
 from tunery.queue import Deposed
 from tunery.settings import SchedulerSettings
 from tunery.states import FailureCode
+from tunery.storage import Storage
 
 log = structlog.get_logger(__name__)
 
@@ -31,11 +34,19 @@ GAP_S = 15.0
 class Scheduler:
     """One of possibly several; whoever holds the leader row works, the others wait for it."""
 
-    def __init__(self, sessions: Sessions, doorbell: Doorbell, settings: SchedulerSettings, holder: str) -> None:
+    def __init__(
+        self,
+        sessions: Sessions,
+        doorbell: Doorbell,
+        settings: SchedulerSettings,
+        holder: str,
+        storage: Storage | None = None,
+    ) -> None:
         self._sessions = sessions
         self._doorbell = doorbell
         self._settings = settings
         self._holder = holder
+        self._tidy = Tidy(sessions, storage, settings) if storage else None
         self._epoch: int | None = None
         self._stop = threading.Event()
 
@@ -49,6 +60,10 @@ class Scheduler:
             ("sweep", self.sweep, self._settings.sweep_s),
             ("doors", self.keep_doors, self._settings.sweep_s),
         ]
+        if self._tidy is not None:
+            loops.append(("tidy", self.tidy, self._settings.tidy_s))
+        else:
+            log.warning("no object store is configured here: nothing that may go is deleted")
         threads = [threading.Thread(target=self._loop, args=loop, name=loop[0], daemon=True) for loop in loops]
         for thread in threads:
             thread.start()
@@ -70,6 +85,8 @@ class Scheduler:
                 log.warning("deposed", loop=name)
             except DBAPIError as error:
                 log.warning("database trouble; trying again", loop=name, error=str(error.orig).strip())
+            except Unavailable as error:
+                log.warning("object store trouble; trying again", loop=name, error=str(error))
             except RedisError as error:
                 log.warning("redis trouble; nodes find work by polling", loop=name, error=str(error))
                 self._stop.wait(2)
@@ -166,6 +183,11 @@ class Scheduler:
                 yield session
         except DBAPIError as error:
             log.warning("left for the next sweep", error=str(error.orig).strip()[:200])
+
+    def tidy(self) -> None:
+        """Delete what may go."""
+        if self._tidy is not None and (epoch := self._epoch) is not None:
+            self._tidy.run(epoch)
 
     def _take_back(self, session: Session, task_id: uuid.UUID, job_id: uuid.UUID | None) -> None:
         """A task whose node fell silent: another try, or, when its tries are used up, the end of what it was for."""

@@ -13,10 +13,12 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from sqlalchemy import select
 
 from tests import factories
 from tests.conftest import MAX_FILE_BYTES
 from tests.factories import FleetNode, Tenant
+from tunery.models import ObjectDeletion
 from tunery.storage import Storage
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
@@ -192,21 +194,23 @@ def test_a_row_that_cannot_be_written_takes_its_object_along(
 # ---- deleting ---------------------------------------------------------------------------------------------------
 
 
-def test_deleting_removes_row_and_object(client: httpx.Client, left_behind: Any) -> None:
+def test_deleting_hides_the_row_and_has_the_object_deleted(
+    client: httpx.Client, project: Tenant, left_behind: Any
+) -> None:
     file_id = post(client).json()["id"]
     assert client.delete(f"/v1/files/{file_id}").json() == {"id": file_id, "object": "file", "deleted": True}
-    assert left_behind() == []
+    with project.transaction() as session:
+        assert list(session.scalars(select(ObjectDeletion.key))) == left_behind() != []
     for method, path in (("GET", ""), ("GET", "/content"), ("DELETE", "")):
         error(client.request(method, f"/v1/files/{file_id}{path}"), 404)
 
 
-def test_a_file_that_is_being_read_stays(
-    client: httpx.Client, project: Tenant, node: FleetNode, base_model: str
-) -> None:
+def test_a_file_that_a_job_uses_stays(client: httpx.Client, project: Tenant, node: FleetNode, base_model: str) -> None:
     file_id = post(client).json()["id"]
     work = factories.submitted(project, node, training_file=file_id)
     refused = client.delete(f"/v1/files/{file_id}")
     assert error(refused, 409)["param"] == "file_id" and refused.headers["x-should-retry"] == "false"
+    assert work.id in refused.json()["error"]["message"]
     client.post(f"/v1/fine_tuning/jobs/{work.id}/cancel")
     assert client.delete(f"/v1/files/{file_id}").status_code == 200
     assert client.get(f"/v1/fine_tuning/jobs/{work.id}").json()["training_file"] == file_id

@@ -117,8 +117,22 @@ def test_no_program_may_empty_or_change_a_table(database: Database, role: str) -
     query = """
         SELECT table_name, privilege_type FROM information_schema.role_table_grants
         WHERE grantee = :role AND privilege_type IN ('TRUNCATE', 'TRIGGER', 'REFERENCES', 'DELETE')"""
-    swept = {("outbox", "DELETE")} if role == "tunery_scheduler" else set()
-    assert set(rows(database, query, role=role)) == swept
+    swept = {"outbox", "datasets", "object_deletions"} if role == "tunery_scheduler" else set()
+    assert set(rows(database, query, role=role)) == {(table, "DELETE") for table in swept}
+
+
+def test_a_backup_reads_every_row_and_every_sequence_and_writes_nothing(database: Database) -> None:
+    unread = """
+        SELECT c.relname FROM pg_class c WHERE c.relnamespace = 'public'::regnamespace
+          AND (c.relkind IN ('r', 'p') AND NOT has_table_privilege('tunery_backup', c.oid, 'SELECT')
+            OR c.relkind = 'S' AND NOT has_sequence_privilege('tunery_backup', c.oid, 'SELECT'))"""
+    assert rows(database, unread) == []
+    seen = rows(database, "SELECT tablename FROM pg_policies WHERE policyname = 'backup' AND qual = 'true'")
+    assert {table for (table,) in seen} == set(Base.metadata.tables)
+    query = """
+        SELECT table_name FROM information_schema.role_table_grants
+        WHERE grantee = 'tunery_backup' AND privilege_type <> 'SELECT'"""
+    assert rows(database, query) == []
 
 
 def test_the_api_cannot_read_a_keys_hash(project: Tenant) -> None:

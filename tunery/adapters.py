@@ -5,17 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from tunery import ids
+from tunery import ids, trash
 from tunery.contracts.events import FileEntry
 from tunery.errors import NotFound
 from tunery.leases import Held
 from tunery.models import Adapter, AdapterVersion
 
 WEIGHTS = "adapter_model.safetensors"
+_SHOWN = AdapterVersion.deleted_at.is_(None)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def page(
     session: Session, project_id: uuid.UUID, *, after: uuid.UUID | None, limit: int
 ) -> tuple[list[tuple[Adapter, list[AdapterVersion]]], bool]:
     """Adapters newest first with their versions, newest first; and whether there are more."""
-    query = select(Adapter).where(Adapter.project_id == project_id).order_by(Adapter.id.desc()).limit(limit + 1)
+    query = select(Adapter).where(Adapter.project_id == project_id, _has_versions())
+    query = query.order_by(Adapter.id.desc()).limit(limit + 1)
     if after is not None:
         query = query.where(Adapter.id < after)
     rows = list(session.scalars(query))
@@ -72,7 +74,7 @@ def page(
 
 def get(session: Session, project_id: uuid.UUID, name_or_id: str) -> Adapter:
     """By name, by id, or by the name of a model it holds. Raises NotFound."""
-    mine = select(Adapter).where(Adapter.project_id == project_id)
+    mine = select(Adapter).where(Adapter.project_id == project_id, _has_versions())
     found = session.scalar(mine.where(Adapter.name == name_or_id))
     if found is None and name_or_id.startswith(ids.ADAPTER):
         found = session.scalar(mine.where(Adapter.id == ids.decode(ids.ADAPTER, name_or_id)))
@@ -88,21 +90,31 @@ def get(session: Session, project_id: uuid.UUID, name_or_id: str) -> Adapter:
 
 
 def versions(session: Session, adapter: Adapter) -> list[AdapterVersion]:
-    query = select(AdapterVersion).where(AdapterVersion.adapter_id == adapter.id)
+    query = select(AdapterVersion).where(AdapterVersion.adapter_id == adapter.id, _SHOWN)
     return list(session.scalars(query.order_by(AdapterVersion.version.desc())))
 
 
 def version(session: Session, adapter: Adapter, number: int) -> AdapterVersion:
     """Raises NotFound."""
-    query = select(AdapterVersion).where(AdapterVersion.adapter_id == adapter.id, AdapterVersion.version == number)
+    mine = (AdapterVersion.adapter_id == adapter.id, AdapterVersion.version == number, _SHOWN)
+    query = select(AdapterVersion).where(*mine)
     if (found := session.scalar(query)) is None:
         raise NotFound(f"Adapter '{adapter.name}' has no version {number}.", param="version")
     return found
 
 
 def by_model_name(session: Session, project_id: uuid.UUID, name: str) -> AdapterVersion | None:
-    mine = (AdapterVersion.project_id == project_id, AdapterVersion.model_name == name)
+    mine = (AdapterVersion.project_id == project_id, AdapterVersion.model_name == name, _SHOWN)
     return session.scalar(select(AdapterVersion).where(*mine))
+
+
+def delete(session: Session, project_id: uuid.UUID, model_name: str) -> None:
+    """Hide a version and have its files deleted; its number is not given again. Raises NotFound."""
+    found = by_model_name(session, project_id, model_name)
+    if found is None:
+        raise NotFound(f"The model '{model_name[:80]}' does not exist.", param="model", code="model_not_found")
+    found.deleted_at = func.now()
+    trash.add(session, project_id, (f"{found.object_prefix}/{file['name']}" for file in found.files))
 
 
 def of_jobs(
@@ -112,12 +124,17 @@ def of_jobs(
     query = (
         select(AdapterVersion, Adapter.name)
         .join(Adapter, Adapter.id == AdapterVersion.adapter_id)
-        .where(AdapterVersion.project_id == project_id, AdapterVersion.job_id.in_(job_ids))
+        .where(AdapterVersion.project_id == project_id, AdapterVersion.job_id.in_(job_ids), _SHOWN)
     )
     return {version.job_id: (version, name) for version, name in session.execute(query)}
 
 
 def tuned_models(session: Session, project_id: uuid.UUID) -> list[AdapterVersion]:
     """Every version of this project, newest first: what `GET /v1/models` lists beside the base models."""
-    query = select(AdapterVersion).where(AdapterVersion.project_id == project_id)
+    query = select(AdapterVersion).where(AdapterVersion.project_id == project_id, _SHOWN)
     return list(session.scalars(query.order_by(AdapterVersion.id.desc())))
+
+
+def _has_versions() -> ColumnElement[bool]:
+    """An adapter whose versions were all deleted is only a name that is taken up again by the next one."""
+    return select(AdapterVersion.id).where(AdapterVersion.adapter_id == Adapter.id, _SHOWN).exists()

@@ -3,12 +3,13 @@
 import uuid
 from typing import Literal
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from tunery import ids
-from tunery.errors import NotFound
-from tunery.models import File
+from tunery import ids, trash
+from tunery.errors import Conflict, NotFound
+from tunery.models import File, Job
+from tunery.states import TERMINAL
 
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 
@@ -29,13 +30,15 @@ def record(
     return file
 
 
-def get(session: Session, project_id: uuid.UUID, file_id: str, *, param: str = "file_id") -> File:
-    """Raises NotFound, also for another project's file."""
+def get(session: Session, project_id: uuid.UUID, file_id: str, *, param: str = "file_id", keep: bool = False) -> File:
+    """Raises NotFound, also for another project's file. `keep`: nobody deletes it before this transaction ends."""
     try:
         wanted = ids.decode(ids.FILE, file_id)
     except NotFound:
         wanted = None
     query = select(File).where(File.project_id == project_id, File.id == wanted, File.deleted_at.is_(None))
+    if keep:
+        query = query.with_for_update(read=True, key_share=True)
     file = session.scalar(query) if wanted else None
     if file is None:
         fix = "Upload the file first; `tunery files list` shows what this project has."
@@ -65,8 +68,24 @@ def page(
 
 
 def delete(session: Session, project_id: uuid.UUID, file_id: str) -> File:
-    """Hide the file; jobs that used it keep pointing at its row. The caller removes the object after commit."""
+    """Hide the file and have its object deleted; jobs that used it keep pointing at its row.
+
+    Raises:
+        NotFound: no such file in this project.
+        Conflict: a job that has not ended uses it.
+    """
     file = get(session, project_id, file_id)
+    # a submit holds its files FOR KEY SHARE: it either comes first and is found below, or finds the file gone
+    session.refresh(file, with_for_update=True)
+    if file.deleted_at is not None:
+        raise NotFound(f"No such File object: {file_id[:80]}", param="file_id")
+    uses = or_(Job.training_file_id == file.id, Job.validation_file_id == file.id)
+    live = select(Job.id, Job.state).where(Job.project_id == project_id, Job.state.not_in(TERMINAL), uses)
+    if (job := session.execute(live.order_by(Job.id).limit(1)).first()) is not None:
+        name = ids.encode(ids.JOB, job.id)
+        fix = f"Wait until the job has ended, or cancel it: tunery jobs cancel {name}"
+        raise Conflict(f"The job {name}, which is {job.state}, uses this file.", param="file_id", fix=fix)
     file.deleted_at = func.now()
+    trash.add(session, project_id, [file.object_key])
     session.flush()
     return file

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from tunery import __version__, adapters, catalogue, events, files, ids, recipes, tasks
+from tunery import __version__, adapters, catalogue, events, files, ids, recipes, tasks, usage
 from tunery.errors import Conflict, Invalid, NotFound, QuotaExceeded
 from tunery.events import Entry
 from tunery.models import Attempt, BaseModel, Dataset, File, Job, Node
@@ -35,13 +35,13 @@ class Request:
     extension: Extension = field(default_factory=Extension)
 
 
-def submit(session: Session, who: Identity, request: Request, *, max_live: int) -> Job:
+def submit(session: Session, who: Identity, request: Request, *, max_live: int, max_bytes: int = 1 << 50) -> Job:
     """Accept a job: its row, its first event and the task that checks its rows, in one transaction.
 
     Raises:
         NotFound: the model or a file does not exist in this project.
         Invalid: the model is not ready, a file's purpose is not `fine-tune`, or a name is unusable.
-        QuotaExceeded: the project has `max_live` unfinished jobs.
+        QuotaExceeded: the project has `max_live` unfinished jobs, or no room for what the job would store.
     """
     model = _usable_model(session, who, request.model)
     training = _usable_file(session, who, request.training_file, "training_file")
@@ -49,6 +49,7 @@ def submit(session: Session, who: Identity, request: Request, *, max_live: int) 
     if request.validation_file is not None:
         validation = _usable_file(session, who, request.validation_file, "validation_file")
     _within_quota(session, who, max_live)
+    usage.refuse_if_full(session, who.project_id, max_bytes)
     job_id = ids.uuid7()
     job = Job(
         id=job_id,
@@ -83,7 +84,7 @@ def submit(session: Session, who: Identity, request: Request, *, max_live: int) 
 
 def get(session: Session, project_id: uuid.UUID, job_id: uuid.UUID) -> Job:
     """Raises NotFound, also for another project's job."""
-    job = session.scalar(select(Job).where(Job.project_id == project_id, Job.id == job_id))
+    job = session.scalar(select(Job).where(Job.project_id == project_id, Job.id == job_id, Job.deleted_at.is_(None)))
     if job is None:
         raise NotFound(
             "No such fine-tuning job.", param="fine_tuning_job_id", fix="`tunery jobs list` shows this project's jobs."
@@ -100,13 +101,29 @@ def page(
     metadata: dict[str, str] | None = None,
 ) -> tuple[list[Job], bool]:
     """This project's jobs, newest first; and whether there are more."""
-    query = select(Job).where(Job.project_id == project_id).order_by(Job.id.desc()).limit(limit + 1)
+    query = select(Job).where(Job.project_id == project_id, Job.deleted_at.is_(None))
+    query = query.order_by(Job.id.desc()).limit(limit + 1)
     if after is not None:
         query = query.where(Job.id < after)
     if metadata:
         query = query.where(Job.user_metadata.contains(metadata))
     rows = list(session.scalars(query))
     return rows[:limit], len(rows) > limit
+
+
+def delete(session: Session, project_id: uuid.UUID, job_id: uuid.UUID) -> None:
+    """Forget an ended job: its events, metrics, checkpoints and logs. What it published stays.
+
+    Raises:
+        NotFound: no such job in this project.
+        Conflict: it has not ended.
+    """
+    job = get(session, project_id, job_id)
+    if JobState(job.state) not in TERMINAL:
+        fix = f"Cancel it first, and wait until it has stopped: tunery jobs cancel {ids.encode(ids.JOB, job_id)}"
+        raise Conflict(f"The job is {job.state}; only a job that has ended can be deleted.", fix=fix)
+    session.execute(text("SELECT forget_job(:id)"), {"id": job_id})
+    session.expire(job)
 
 
 @dataclass(frozen=True)
@@ -205,7 +222,7 @@ def _usable_model(session: Session, who: Identity, name: str) -> BaseModel:
 
 
 def _usable_file(session: Session, who: Identity, file_id: str, param: str) -> File:
-    file = files.get(session, who.project_id, file_id, param=param)
+    file = files.get(session, who.project_id, file_id, param=param, keep=True)
     if file.purpose != "fine-tune":
         fix = "Upload it again with purpose='fine-tune'."
         raise Invalid(f"File '{file_id}' has purpose '{file.purpose}'.", param=param, fix=fix)
@@ -236,12 +253,3 @@ def _seed(request: Request) -> int:
 def _slug(name: str) -> str:
     """A name that can stand between the colons of a model's name."""
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")[:40] or "org"
-
-
-def refuse_if_used(session: Session, project_id: uuid.UUID, file: File) -> None:
-    """A file whose rows are being read cannot go. Raises Conflict."""
-    reading = (Job.project_id == project_id, Job.state == JobState.VALIDATING)
-    uses = (Job.training_file_id == file.id) | (Job.validation_file_id == file.id)
-    if (job := session.scalar(select(Job.id).where(*reading, uses).limit(1))) is not None:
-        fix = f"Wait a moment, or cancel {ids.encode(ids.JOB, job)}."
-        raise Conflict("A job is just reading this file.", param="file_id", fix=fix)

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from tunery import events, ids, outbox
 from tunery.errors import Conflict, NotFound
 from tunery.events import Entry
-from tunery.models import Attempt, Checkpoint, Job
+from tunery.models import RESUMABLE, Attempt, Checkpoint, Job
 from tunery.states import (
     ATTEMPT_MOVES,
     LEASED_ATTEMPT,
@@ -329,7 +329,7 @@ def _after_fault(session: Session, job: Job, attempt_no: int, code: FailureCode,
 
 
 def _newest_step(session: Session, job_id: uuid.UUID) -> int:
-    steps = select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
+    steps = select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job_id, *RESUMABLE)
     return session.scalar(steps) or 0
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from tunery import outbox
 from tunery.contracts.scheduling import Decision, GpuView, JobView, NodeView, Snapshot, Start, Wait
-from tunery.models import Allocation, Attempt, AttemptNode, Checkpoint, Gpu, Job, Leader, Node, Slot, Task
+from tunery.models import RESUMABLE, Allocation, Attempt, AttemptNode, Checkpoint, Gpu, Job, Leader, Node, Slot, Task
 from tunery.states import LEASED_ATTEMPT, LIVE_ATTEMPT, AttemptState, JobState
 
 log = structlog.get_logger(__name__)
@@ -128,7 +128,7 @@ def assign(session: Session, start: Start) -> uuid.UUID | None:
     job = session.scalar(select(Job).where(Job.id == start.job_id, Job.state == JobState.QUEUED).with_for_update())
     if job is None:
         return None
-    newest = select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None))
+    newest = select(Checkpoint).where(Checkpoint.job_id == job.id, *RESUMABLE)
     checkpoint = session.scalar(newest.order_by(Checkpoint.step.desc()).limit(1))
     last_no = session.scalar(select(func.max(Attempt.no)).where(Attempt.job_id == job.id)) or 0
     attempt = Attempt(

@@ -97,6 +97,8 @@ class ApiSettings(DatabaseSettings, RedisSettings, StorageSettings):
     max_file_bytes: int = 512 * MIB
     max_live_jobs: int = 1000
     """Jobs of one project that have not ended."""
+    max_project_bytes: int = 1024 * 1024 * MIB
+    """Files, rows, checkpoints and adapters of one project, unless `projects.max_storage_bytes` says otherwise."""
     docs_url: str = "docs/errors.md"
     """What errors point to: this page of the checkout, or wherever you publish it."""
     node_database_url: SecretStr | None = None
@@ -108,7 +110,23 @@ class ApiSettings(DatabaseSettings, RedisSettings, StorageSettings):
     node_s3_secret_access_key: SecretStr | None = None
 
 
-class SchedulerSettings(DatabaseSettings, RedisSettings, Clocks):
+class Retention(_Settings):
+    """What is given up, and when. Nothing that a job needs to end is ever given up."""
+
+    tidy_s: float = 60
+    """Pause between two looks for what may go."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints of an unfinished job that keep their optimizer state; older ones keep the adapter alone."""
+    keep_optimizer_days: float = Field(default=7, ge=0)
+    """After a job has ended, its checkpoints keep their optimizer state for so long."""
+    keep_logs_days: float = Field(default=30, ge=0)
+    orphan_age_s: float = Field(default=24 * 3600, ge=0)
+    """Objects without a row, and uploads in parts that nobody finished, go when they are older than this."""
+    orphan_sweep_s: float = 3600
+    """How often the whole store is listed to find them."""
+
+
+class SchedulerSettings(DatabaseSettings, RedisSettings, Clocks, Retention):
     decide_s: float = 0.5
     """Pause between two passes of the policy, and between two looks into the outbox."""
 

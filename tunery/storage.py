@@ -1,7 +1,10 @@
 """Objects. Keys are minted by us and written once; what is published was read back first."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,11 +19,22 @@ from tunery.errors import Unavailable
 from tunery.settings import MIB, StorageSettings
 
 _BLOCK = MIB
+_MOST_AT_ONCE = 1000
+"""Keys in one request to delete: S3's limit."""
 _FAULTS = (BotoCoreError, ClientError)
 
 
 class CorruptObject(Exception):
     """What the store returned is not what was put there."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An object as a listing shows it."""
+
+    key: str
+    bytes: int
+    modified: datetime
 
 
 class Storage:
@@ -114,15 +128,50 @@ class Storage:
     def delete(self, key: str) -> None:
         self._do(lambda: self._client.delete_object(Bucket=self.bucket, Key=key))
 
+    def delete_all(self, keys: Sequence[str]) -> None:
+        """Delete objects; those that are gone already count as deleted. Raises Unavailable if one is still there."""
+        for start in range(0, len(keys), _MOST_AT_ONCE):
+            wanted = {"Objects": [{"Key": key} for key in keys[start : start + _MOST_AT_ONCE]], "Quiet": True}
+            answer = self._do(lambda wanted=wanted: self._client.delete_objects(Bucket=self.bucket, Delete=wanted))
+            if left := [error for error in answer.get("Errors", []) if error.get("Code") != "NoSuchKey"]:
+                raise Unavailable(f"The object store did not delete {left[0].get('Key')}: {left[0].get('Message')}.")
+
     def keys(self, prefix: str) -> Iterator[str]:
         """Keys below `prefix`, in order."""
+        return (found.key for found in self.objects(prefix))
+
+    def objects(self, prefix: str) -> Iterator[Stored]:
+        """What lies below `prefix`, in order of the keys."""
         wanted = {"Bucket": self.bucket, "Prefix": prefix}
         while True:
             page = self._do(lambda: self._client.list_objects_v2(**wanted))
-            yield from (found["Key"] for found in page.get("Contents", []))
+            for found in page.get("Contents", []):
+                yield Stored(found["Key"], found["Size"], found["LastModified"])
             if not page.get("IsTruncated"):
                 return
             wanted["ContinuationToken"] = page["NextContinuationToken"]
+
+    def abort_uploads(self, older_than: datetime) -> int:
+        """End uploads in parts that began before that and that nobody finished; how many. Repeating it is right: a
+        part that was on its way may land after the first abort."""
+        after: dict[str, str] = {}
+        aborted = 0
+        while True:
+            page = self._do(lambda after=after: self._client.list_multipart_uploads(Bucket=self.bucket, **after))
+            for upload in page.get("Uploads", []):
+                if upload["Initiated"] < older_than:
+                    self._abort(upload["Key"], upload["UploadId"])
+                    aborted += 1
+            if not page.get("IsTruncated"):
+                return aborted
+            after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def _abort(self, key: str, upload_id: str) -> None:
+        def abort() -> None:
+            self._client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload_id)
+
+        with suppress(KeyError):
+            self._do(abort)
 
     def uri(self, key: str) -> str:
         return f"s3://{self.bucket}/{key}"
@@ -131,7 +180,11 @@ class Storage:
         try:
             return call()
         except _FAULTS as error:
-            if isinstance(error, ClientError) and error.response["Error"]["Code"] in ("NoSuchKey", "404"):
+            if isinstance(error, ClientError) and error.response["Error"]["Code"] in (
+                "NoSuchKey",
+                "NoSuchUpload",
+                "404",
+            ):
                 raise KeyError(str(error)) from error
             raise Unavailable(
                 "The object store does not answer.", fix="Try again; your operator sees the cause."

@@ -7,22 +7,26 @@ from typing import Annotated, Any, Literal
 
 import structlog
 from fastapi import APIRouter, Depends, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from starlette.datastructures import UploadFile
+from starlette.types import Message, Receive
 
 from api import pages
 from api.deps import Scope, SessionDep, SettingsDep, StorageDep, Tenant, TenantDep
 from api.documentation import BINARY, MULTIPART, problems
 from api.errors import too_large
+from api.middleware import FRAMING_BYTES
 from api.schemas.common import Deleted, Page
 from api.schemas.files import FileOut, file_out
 from api.streams import stream
-from tunery import datasets, failpoints, files, ids, jobs
-from tunery.db import after_commit
+from tunery import datasets, failpoints, files, ids, usage
 from tunery.errors import Invalid, NotFound
 from tunery.files import PURPOSES, File
+from tunery.settings import ApiSettings
 from tunery.storage import Storage
 from tunery.telemetry import UPLOADED_BYTES
+from tunery.usage import StorageUsage
 
 log = structlog.get_logger(__name__)
 router = APIRouter(prefix="/v1/files", tags=["Files"])
@@ -41,13 +45,38 @@ class Upload:
     purpose: str
 
 
-async def uploaded(request: Request) -> AsyncIterator[Upload]:
+async def uploaded(request: Request, tenant: TenantDep, settings: SettingsDep) -> AsyncIterator[Upload]:
     """Parsed only here, after authentication: declared as a body it would be read before anybody asks who sends it."""
-    form = await request.form(max_files=1, max_fields=20)
+    used = await run_in_threadpool(_used, tenant, settings)
+    form = await Request(request.scope, _within(request, used)).form(max_files=1, max_fields=20)
     try:
         yield _upload(form)
     finally:
         await form.close()
+
+
+def _used(tenant: Tenant, settings: ApiSettings) -> StorageUsage:
+    with tenant.transaction() as session:
+        return usage.storage(session, tenant.project_id, settings.max_project_bytes)
+
+
+def _within(request: Request, used: StorageUsage) -> Receive:
+    """The body, as far as the project has room: refused by its announced length, else where it goes over."""
+    room = used.room_bytes + FRAMING_BYTES
+    length = request.headers.get("content-length", "")
+    if used.room_bytes <= 0 or (length.isdigit() and int(length) > room):
+        raise usage.exceeded(used)
+    seen = 0
+
+    async def receive() -> Message:
+        nonlocal seen
+        message = await request.receive()
+        seen += len(message.get("body", b""))
+        if seen > room:
+            raise usage.exceeded(used)
+        return message
+
+    return receive
 
 
 def _upload(form: Any) -> Upload:
@@ -71,7 +100,7 @@ def _filename(given: str | None) -> str:
     return "".join(letter for letter in last if letter.isprintable())[:_NAME_LENGTH] or "file"
 
 
-@router.post("", dependencies=WRITE, responses=problems(400, 413), openapi_extra=MULTIPART)
+@router.post("", dependencies=WRITE, responses=problems(400, 413, 429), openapi_extra=MULTIPART)
 def create_file(
     tenant: TenantDep,
     storage: StorageDep,
@@ -92,6 +121,7 @@ def create_file(
         storage.put(key, content)
         failpoints.reach("upload.stored")
         with tenant.transaction() as session:
+            usage.refuse_if_full(session, tenant.project_id, settings.max_project_bytes, size)
             file = files.record(
                 session,
                 tenant.project_id,
@@ -172,11 +202,7 @@ def download_file(file_id: str, tenant: TenantDep, storage: StorageDep) -> Strea
 
 
 @router.delete("/{file_id}", dependencies=WRITE, responses=problems(404, 409))
-def delete_file(file_id: str, tenant: TenantDep, session: SessionDep, storage: StorageDep) -> Deleted:
-    """Delete a file. Jobs that have read it keep their rows; a job that is just reading it stands in the way."""
-    file = files.get(session, tenant.project_id, file_id)
-    jobs.refuse_if_used(session, tenant.project_id, file)
+def delete_file(file_id: str, tenant: TenantDep, session: SessionDep) -> Deleted:
+    """Delete a file. Jobs that have ended keep their rows; one that has not ended stands in the way."""
     files.delete(session, tenant.project_id, file_id)
-    key = file.object_key
-    after_commit(session, lambda: storage.delete(key))
     return Deleted(id=file_id, object="file")

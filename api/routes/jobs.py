@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from api import logs, pages
 from api.deps import JobId, Scope, SessionDep, SettingsDep, StorageDep, Tenant, TenantDep
 from api.documentation import problems
-from api.schemas.common import Page
+from api.schemas.common import Deleted, Page
 from api.schemas.job_request import JobIn, request_of
 from api.schemas.jobs import CheckpointOut, EventOut, JobOut, LogOut, checkpoint_out, event_out, job_out
 from tunery import adapters, events, ids, jobs, leases, progress
@@ -28,7 +28,8 @@ def create_job(
     body: JobIn, tenant: TenantDep, session: SessionDep, storage: StorageDep, settings: SettingsDep
 ) -> JobOut:
     """Submit a job. Its rows are checked first; then it waits for a GPU."""
-    job = jobs.submit(session, tenant.identity, request_of(body), max_live=settings.max_live_jobs)
+    limits = {"max_live": settings.max_live_jobs, "max_bytes": settings.max_project_bytes}
+    job = jobs.submit(session, tenant.identity, request_of(body), **limits)
     return _shown(session, tenant, storage, [job])[0]
 
 
@@ -61,6 +62,13 @@ def cancel_job(job_id: JobId, tenant: TenantDep, session: SessionDep, storage: S
     session.flush()
     session.refresh(job)
     return _shown(session, tenant, storage, [job])[0]
+
+
+@router.delete("/{fine_tuning_job_id}", dependencies=WRITE, responses=problems(404, 409))
+def delete_job(job_id: JobId, tenant: TenantDep, session: SessionDep) -> Deleted:
+    """Delete a job that has ended, with its events, checkpoints and logs. What it published stays."""
+    jobs.delete(session, tenant.project_id, job_id)
+    return Deleted(id=ids.encode(ids.JOB, job_id), object="fine_tuning.job")
 
 
 @router.get("/{fine_tuning_job_id}/events", dependencies=READ, responses=problems(400, 404))

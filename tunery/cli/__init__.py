@@ -16,7 +16,7 @@ _SECTIONS = {
     "Account": ("login", "logout", "whoami"),
     "Fine-tuning": ("models", "files", "jobs", "adapters"),
 }
-_JOBS = ("create", "watch", "wait", "list", "show", "logs", "events", "checkpoints", "cancel")
+_JOBS = ("create", "watch", "wait", "list", "show", "logs", "events", "checkpoints", "cancel", "delete")
 _ANYWHERE = ("--api-url", "--profile")
 
 EPILOG = """\b

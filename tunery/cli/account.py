@@ -8,7 +8,7 @@ import typer
 from tunery.cli import config
 from tunery.cli.failures import Exit, Failure
 from tunery.cli.options import Json
-from tunery.cli.show import date, fields
+from tunery.cli.show import date, fields, size, table
 from tunery.cli.terminal import done, json_out, say
 
 
@@ -16,6 +16,7 @@ def register(app: typer.Typer) -> None:
     app.command("login")(login)
     app.command("logout")(logout)
     app.command("whoami")(whoami)
+    app.command("storage")(storage)
 
 
 def login(
@@ -77,6 +78,17 @@ def whoami(as_json: Json = False) -> None:
             ("from", where.origin),
         ]
     )
+
+
+def storage(as_json: Json = False) -> None:
+    """Show what this project keeps in the object store, and its limit."""
+    found = config.client().storage_usage()
+    if as_json:
+        json_out(found)
+        return
+    kinds = ("files", "datasets", "checkpoints", "adapters", "logs")
+    table(("KIND", "COUNT", "SIZE"), [(kind, found[kind]["count"], size(found[kind]["bytes"])) for kind in kinds])
+    say(f"{size(found['total_bytes'])} of {size(found['limit_bytes'])} allowed; logs are not counted")
 
 
 def _named(thing: Any) -> str:

@@ -163,6 +163,19 @@ def cancel(jobs: PLURAL, as_json: Json = False, quiet: Quiet = False) -> None:
                 done(f"{job['id']} is {state_of(job)}")
 
 
+@app.command("delete")
+def delete(jobs: PLURAL, as_json: Json = False) -> None:
+    """Delete jobs that have ended: events, checkpoints, logs. What they published stays."""
+    api = config.client()
+    deleted = [api.delete_job(refs.job(api, job)["id"]) for job in jobs]
+    if as_json:
+        json_out(deleted)
+        return
+    for answer in deleted:
+        data(answer["id"])
+    done("deleted")
+
+
 @app.command("checkpoints")
 def checkpoints(job: JobRef, as_json: Json = False, quiet: Quiet = False) -> None:
     """List the checkpoints of a job."""

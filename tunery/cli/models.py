@@ -82,6 +82,22 @@ def _file(file: Any) -> str:
     return f"{file.get('name')}  {size(file.get('bytes'))}  sha256 {str(file.get('sha256', ''))[:12]}…"
 
 
+@app.command("delete")
+def delete(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Models that jobs have made: ft:...")],
+    as_json: Json = False,
+) -> None:
+    """Delete models that jobs of this project have made, with their files."""
+    api = config.client()
+    deleted = [api.delete_model(name) for name in names]
+    if as_json:
+        json_out(deleted)
+        return
+    for answer in deleted:
+        data(answer["id"])
+    done("deleted")
+
+
 @app.command("import")
 def import_model(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="demo, hub:OWNER/NAME@REVISION or path:DIR.")],

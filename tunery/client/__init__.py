@@ -83,6 +83,9 @@ class Client:
     def whoami(self) -> Identity:
         return cast("Identity", self._get("/whoami"))
 
+    def storage_usage(self) -> dict[str, Any]:
+        return self._get("/usage/storage")
+
     # Files
 
     def upload_file(self, path: Path, *, purpose: str = "fine-tune", on_bytes: OnBytes | None = None) -> File:
@@ -126,6 +129,9 @@ class Client:
     def cancel_job(self, job_id: str) -> Job:
         return cast("Job", self._http.call("POST", f"{_JOBS}/{_segment(job_id)}/cancel"))
 
+    def delete_job(self, job_id: str) -> dict[str, Any]:
+        return self._http.call("DELETE", f"{_JOBS}/{_segment(job_id)}")
+
     def events(self, job_id: str, *, page_size: int = 100) -> Iterator[Event]:
         """Newest first."""
         return cast("Iterator[Event]", self._pages(f"{_JOBS}/{_segment(job_id)}/events", page_size))
@@ -146,6 +152,9 @@ class Client:
 
     def model(self, model_id: str) -> Model:
         return cast("Model", self._get(f"/models/{_segment(model_id)}"))
+
+    def delete_model(self, model_id: str) -> dict[str, Any]:
+        return self._http.call("DELETE", f"/models/{_segment(model_id)}")
 
     def base_models(self, *, page_size: int = 100) -> Iterator[BaseModel]:
         return cast("Iterator[BaseModel]", self._pages("/base_models", page_size))

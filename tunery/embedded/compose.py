@@ -31,7 +31,8 @@ def write_secrets(folder: Path, postgres: str = POSTGRES, valkey: str = VALKEY, 
     (folder / "init").mkdir(exist_ok=True)
     made = _secrets(folder).made
     redis_url = f"redis://:{made('valkey')}@{valkey}/0"
-    root, node = (Key(made(f"s3_{name}_id", 12), made(f"s3_{name}_secret")) for name in ("root", "node"))
+    names = ("root", "node", "tidy")
+    root, node, tidy = (Key(made(f"s3_{name}_id", 12), made(f"s3_{name}_secret")) for name in names)
     signing = {name: made(f"s3_{name}") for name in objects.SIGNING}
     urls = _urls(folder, postgres)
     own: dict[str, dict[str, str]] = {
@@ -39,7 +40,7 @@ def write_secrets(folder: Path, postgres: str = POSTGRES, valkey: str = VALKEY, 
         "valkey": {"valkey.conf": _valkey_conf(made("valkey")), "password": made("valkey")},
         "s3": {
             "security.toml": objects.security(signing) + _closed(folder, mounted),
-            "identities.json": json.dumps(objects.identities(root, node)),
+            "identities.json": json.dumps(objects.identities(root, node, tidy)),
         },
         "api": {
             "tunery_database_url": urls["tunery_api"],
@@ -48,7 +49,11 @@ def write_secrets(folder: Path, postgres: str = POSTGRES, valkey: str = VALKEY, 
             **_s3_files(root),
             **_s3_files(node, "tunery_node_s3"),  # which it hands to nodes that join
         },
-        "scheduler": {"tunery_database_url": urls["tunery_scheduler"], "tunery_redis_url": redis_url},
+        "scheduler": {
+            "tunery_database_url": urls["tunery_scheduler"],
+            "tunery_redis_url": redis_url,
+            **_s3_files(tidy),
+        },
         "worker": {"tunery_database_url": urls["tunery_worker"], "tunery_redis_url": redis_url, **_s3_files(node)},
     }
     for container, files in own.items():

@@ -29,7 +29,7 @@ class Key(NamedTuple):
 
 
 class Objects:
-    """Two identities: root for the api, and one for nodes that may write below `a/` only."""
+    """Three identities: root for the api, one for nodes that may write below `a/` only, one that lists and deletes."""
 
     name = "s3"
 
@@ -40,6 +40,7 @@ class Objects:
         self.root = Key(secrets.made("s3_root_id", 12), secrets.made("s3_root_secret"))
         self.signing = {name: secrets.made(f"s3_{name}") for name in SIGNING}
         self.node = Key(secrets.made("s3_node_id", 12), secrets.made("s3_node_secret"))
+        self.tidy = Key(secrets.made("s3_tidy_id", 12), secrets.made("s3_tidy_secret"))
 
     @property
     def endpoint_url(self) -> str:
@@ -51,7 +52,7 @@ class Objects:
         data.chmod(0o700)
         self.home.run_as.own(data)
         self.home.owned_file(folder / "security.toml", security(self.signing))
-        self.home.owned_file(folder / "identities.json", json.dumps(identities(self.root, self.node)))
+        self.home.owned_file(folder / "identities.json", json.dumps(identities(self.root, self.node, self.tidy)))
         command = Command(
             name=self.name,
             argv=[binaries.placed(self.program, self.home), *self._arguments()],
@@ -99,13 +100,16 @@ def security(signing: Mapping[str, str]) -> str:
     return "".join(f'[{name}]\nkey = "{key}"\n' for name, key in signing.items())
 
 
-def identities(root: Key, node: Key) -> dict[str, object]:
+def identities(root: Key, node: Key, tidy: Key) -> dict[str, object]:
     """`identities.json`: who may do what."""
     node_may = [f"Read:{BUCKET}/u/*", f"Read:{BUCKET}/a/*", f"Write:{BUCKET}/a/*", f"List:{BUCKET}/a/*"]
+    # this server has nothing narrower: deleting needs Write, and listing unfinished uploads needs Read
+    tidy_may = [f"List:{BUCKET}", f"Read:{BUCKET}", f"Write:{BUCKET}/u/*", f"Write:{BUCKET}/a/*"]
     return {
         "identities": [
             _identity("root", root, ["Admin", "Read", "Write", "List", "Tagging"]),
             _identity("node", node, node_may),
+            _identity("tidy", tidy, tidy_may),
         ]
     }
 

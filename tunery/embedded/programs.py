@@ -41,9 +41,8 @@ class Programs:
         return self._child("api", "api", own, self.home.root, self._api_ready)
 
     def _scheduler(self) -> Child:
-        return self._child(
-            "scheduler", "scheduler", {"TUNERY_DATABASE_URL": self.urls["tunery_scheduler"]}, self.home.root
-        )
+        own = {"TUNERY_DATABASE_URL": self.urls["tunery_scheduler"], **self.servers.s3_tidy.environment()}
+        return self._child("scheduler", "scheduler", own, self.home.root)
 
     def _node(self) -> Child:
         own = {

@@ -174,7 +174,12 @@ class Servers:
             "TUNERY_NODE_S3_SECRET_ACCESS_KEY": key.secret_access_key,
         }
 
-    def _s3(self, identity: Literal["root", "node"]) -> S3Identity:
+    @property
+    def s3_tidy(self) -> S3Identity:
+        """For the scheduler, which deletes what may go."""
+        return self._s3("tidy")
+
+    def _s3(self, identity: Literal["root", "node", "tidy"]) -> S3Identity:
         own = self.external
         if self.objects:
             key_id, secret = getattr(self.objects, identity)

@@ -4,21 +4,33 @@ from tunery.models.fleet import (
     Allocation,
     Attempt,
     AttemptNode,
+    DeletionHold,
     Engine,
     Gpu,
     JoinToken,
     Leader,
     Node,
     NodeCredentials,
+    ObjectDeletion,
     Outbox,
     Slot,
     Task,
     Usage,
 )
-from tunery.models.registry import Adapter, AdapterVersion, BaseModel, Checkpoint, Event, MetricChunk, MetricSeries
+from tunery.models.registry import (
+    RESUMABLE,
+    Adapter,
+    AdapterVersion,
+    BaseModel,
+    Checkpoint,
+    Event,
+    MetricChunk,
+    MetricSeries,
+)
 from tunery.models.tenancy import ApiKey, Dataset, File, Job, Member, Organization, Project
 
 __all__ = [
+    "RESUMABLE",
     "Adapter",
     "AdapterVersion",
     "Allocation",
@@ -28,6 +40,7 @@ __all__ = [
     "BaseModel",
     "Checkpoint",
     "Dataset",
+    "DeletionHold",
     "Engine",
     "Event",
     "File",
@@ -40,6 +53,7 @@ __all__ = [
     "MetricSeries",
     "Node",
     "NodeCredentials",
+    "ObjectDeletion",
     "Organization",
     "Outbox",
     "Project",

@@ -175,6 +175,7 @@ class Attempt(Base):
     failure_code: Mapped[str | None]
     failure_message: Mapped[str | None]
     log_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    logs_deleted_at: Mapped[Moment | None]
     assigned_at: Mapped[Created]
     claimed_at: Mapped[Moment | None]
     started_at: Mapped[Moment | None]
@@ -256,6 +257,27 @@ class Outbox(Base):
     payload: Mapped[Json]
     created_at: Mapped[Created]
     published_at: Mapped[Moment | None]
+
+
+class ObjectDeletion(Base):
+    """An object that no row refers to any more. Written with the tombstone, gone with the object."""
+
+    __tablename__ = "object_deletions"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    project_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("projects.id"))
+    key: Mapped[str]
+    """One that ends in a slash means everything below it."""
+    created_at: Mapped[Created]
+
+
+class DeletionHold(Base):
+    """While one of these lives, nothing is deleted from the store: a backup is copying what its dump refers to."""
+
+    __tablename__ = "deletion_holds"
+
+    holder: Mapped[str] = mapped_column(primary_key=True)
+    expires_at: Mapped[Moment]
 
 
 class Usage(Base):

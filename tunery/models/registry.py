@@ -70,6 +70,11 @@ class Checkpoint(Base):
     metrics: Mapped[Json]
     created_at: Mapped[Created]
     deleted_at: Mapped[Moment | None]
+    state_deleted_at: Mapped[Moment | None]
+    """From then on only the user's result is left in `files`: no attempt can continue from here."""
+
+
+RESUMABLE = (Checkpoint.deleted_at.is_(None), Checkpoint.state_deleted_at.is_(None))
 
 
 class Adapter(Base):
@@ -83,7 +88,7 @@ class Adapter(Base):
 
 
 class AdapterVersion(Base):
-    """An immutable published result. The row is the publication: no role may change or delete it."""
+    """An immutable published result. The row is the publication: no role may change it, only hide it."""
 
     __tablename__ = "adapter_versions"
     __table_args__ = (
@@ -111,6 +116,7 @@ class AdapterVersion(Base):
     """Of the weights file."""
     metrics: Mapped[Json]
     created_at: Mapped[Created]
+    deleted_at: Mapped[Moment | None]
 
 
 class Event(Base):

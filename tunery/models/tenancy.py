@@ -44,6 +44,7 @@ class Project(Base):
         UniqueConstraint("organization_id", "id"),
         UniqueConstraint("organization_id", "name"),
         one_of("status", ("active", "archived")),
+        CheckConstraint("max_storage_bytes >= 0", name="storage_positive"),
     )
 
     id: Mapped[Id]
@@ -52,6 +53,8 @@ class Project(Base):
     status: Mapped[str] = mapped_column(default="active", server_default="active")
     dedicated: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
     """Never shares an engine, not even within its organization."""
+    max_storage_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """None: the deployment's default."""
     created_at: Mapped[Created]
 
 
@@ -203,3 +206,5 @@ class Job(Base):
     """Original submission: a job that returns to the queue keeps its place."""
     started_at: Mapped[Moment | None]
     finished_at: Mapped[Moment | None]
+    deleted_at: Mapped[Moment | None]
+    """The row stays for what was published and what was used; nobody is shown it."""
