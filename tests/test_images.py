@@ -22,9 +22,14 @@ from tests.images import ROOT, Image
 from tests.servers import FAST_POSTGRES, temporary_home
 from tunery.embedded import binaries, compose, ports
 from tunery.embedded.servers import External, Servers
-from tunery.settings import ApiSettings, NodeSettings, SchedulerSettings
+from tunery.settings import ApiSettings, NodeSettings, SchedulerSettings, StorageSettings
 
-SETTINGS = {"api": ApiSettings, "scheduler": SchedulerSettings, "worker": NodeSettings, "worker-cpu": NodeSettings}
+
+class SchedulerWithStore(SchedulerSettings, StorageSettings):
+    """The scheduler reads the two apart: it may do without a store."""
+
+
+SETTINGS = {"api": ApiSettings, "scheduler": SchedulerWithStore, "worker": NodeSettings, "worker-cpu": NodeSettings}
 SERVICES: dict[str, dict[str, Any]] = images.compose()["services"]
 SECRETS = {"api": "api", "scheduler": "scheduler", "worker": "worker", "worker-cpu": "worker"}
 
