@@ -2,7 +2,7 @@
 #   PYTHON=python3.12   another interpreter      TORCH=host   keep the host's torch
 #   TORCH_INDEX=URL     an extra index for torch
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick check format clean
+.PHONY: help setup demo test quick check stand format clean
 
 PYTHON_FOR_SETUP := $(shell command -v $(or $(PYTHON),python3))
 VENV_PYTHON := .venv/bin/python
@@ -32,6 +32,9 @@ check: setup  ## ruff, types, import rules, models against migrations, Dockerfil
 	@$(VENV_PYTHON) scripts/alembic_check.py
 	@.venv/bin/hadolint Dockerfile.api Dockerfile.worker
 	@.venv/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
+
+stand:  ## set up and use a fresh clone in four ways: as root, in a closed home, as a user, on servers by URL
+	@$(or $(PYTHON_FOR_SETUP),python3) scripts/stand.py
 
 format: setup  ## let ruff put the code in order
 	@.venv/bin/ruff check --fix .

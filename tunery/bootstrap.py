@@ -1,22 +1,22 @@
-"""Roles, schema and first key on a fresh database: `python -m tunery.bootstrap`, and the same steps for `tunery up`.
+"""Roles, schema and first key on a fresh database: the steps of `tunery db init`, `tunery up` and the images.
 
-Every step may be repeated. It is the only program that is given a role which may create roles.
+Every step may be repeated. Only `create_roles` is given a role which may create roles.
 """
 
-import argparse
 import contextlib
-import os
-import secrets
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import psycopg
 from psycopg import sql
 
 from tunery import node_logins
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 OWNER = "tunery_owner"
 LOGIN_ROLES = ("tunery_migrate", "tunery_api", "tunery_scheduler", "tunery_worker", "tunery_notifier", "tunery_backup")
@@ -31,11 +31,20 @@ OLDEST_TO_JOIN = 16
 """Before 16 whoever is a member of a role may become it, and change its password."""
 ORGANIZATION, PROJECT, KEY = "local", "default", "admin"
 _LOCK = 7_206_542
+_CONNECT_TIMEOUT_S = 5
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 class Unsuitable(RuntimeError):
-    """The server or its role cannot do this; the message says what would help."""
+    """The server or its role cannot do this. The message says why, `fix` what would help; neither holds a password."""
+
+    def __init__(self, why: str, fix: str) -> None:
+        super().__init__(why)
+        self.fix = fix
+
+
+class NoEntry(Unsuitable):
+    """The server answers, but not to this user with this password."""
 
 
 def create_roles(admin_url: str, passwords: Mapping[str, str], database: str | None = None) -> str:
@@ -74,11 +83,9 @@ def migrate(url: str, patience_s: float = 120) -> None:
         Unsuitable: it was in use for `patience_s`. What has been migrated so far stays; repeat it later.
     """
     from alembic import command
-    from alembic.config import Config
     from sqlalchemy.exc import OperationalError
 
-    config = Config(toml_file=str(_ROOT / "pyproject.toml"))
-    config.set_main_option("script_location", str(_ROOT / "migrations"))
+    config = _alembic()
     config.attributes["url"] = url
     deadline, pause = time.monotonic() + patience_s, 0.25
     while True:
@@ -90,11 +97,26 @@ def migrate(url: str, patience_s: float = 120) -> None:
                 raise
             if time.monotonic() > deadline:
                 raise Unsuitable(
-                    f"a migration could not get a table for {patience_s:.0f} s: {error.orig}. End what uses it "
-                    "(pg_stat_activity shows it), then start again."
+                    f"a migration could not get a table for {patience_s:.0f} s: {error.orig}",
+                    "end what uses it (pg_stat_activity shows it), then start again",
                 ) from error
         time.sleep(pause)
         pause = min(pause * 2, 5)
+
+
+def newest_version() -> str | None:
+    """The migration that this release brings a database to."""
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory.from_config(_alembic()).get_current_head()
+
+
+def _alembic() -> "Config":
+    from alembic.config import Config
+
+    config = Config(toml_file=str(_ROOT / "pyproject.toml"))
+    config.set_main_option("script_location", str(_ROOT / "migrations"))
+    return config
 
 
 def first_run(url: str, pepper: str, known_key: str | None = None) -> str | None:
@@ -161,31 +183,64 @@ def database_of(url: str) -> str:
 
 @contextlib.contextmanager
 def _admin(url: str) -> Iterator[psycopg.Connection]:
-    with _connect(url) as connection:
+    with connect(url) as connection:
         try:
             yield connection
         except psycopg.errors.InsufficientPrivilege as error:
+            diagnosis = " ".join(filter(None, (error.diag.message_primary, error.diag.message_detail)))
             raise Unsuitable(
-                f"{error}. The admin URL needs a role that may create roles and databases "
-                "(superuser, or CREATEROLE and CREATEDB)."
+                f"role '{connection.info.user}': {diagnosis}",
+                "use a superuser, or a role with CREATEROLE and CREATEDB; "
+                "where Tunery's roles exist already, the one that made them",
             ) from error
 
 
-def _connect(url: str) -> psycopg.Connection:
-    """To the URL's database, or to `postgres` where that one is still to be made."""
+def connect(url: str) -> psycopg.Connection:
+    """To the URL's database, or to `postgres` where that one is still to be made.
+
+    Raises:
+        NoEntry: wrong or missing password, or no such user.
+        Unsuitable: unreachable, not a URL, or the server does not let this address in.
+    """
     try:
-        return psycopg.connect(url_for(url), autocommit=True, connect_timeout=10)
-    except psycopg.OperationalError as error:
-        with contextlib.suppress(psycopg.OperationalError):
-            return psycopg.connect(url_for(url, database="postgres"), autocommit=True, connect_timeout=10)
-        raise Unsuitable(f"the database server did not let us in: {error}") from error
+        urlsplit(url).port  # noqa: B018 - a ValueError here says more than libpq would
+        try:
+            return psycopg.connect(url_for(url), autocommit=True, connect_timeout=_CONNECT_TIMEOUT_S)
+        except psycopg.OperationalError as error:
+            if "does not exist" not in str(error) or "role" in str(error):
+                raise
+            return psycopg.connect(
+                url_for(url, database="postgres"), autocommit=True, connect_timeout=_CONNECT_TIMEOUT_S
+            )
+    except (psycopg.OperationalError, psycopg.ProgrammingError, ValueError) as error:
+        raise _explained(url, error) from error
+
+
+def _explained(url: str, error: Exception) -> Unsuitable:
+    """libpq gives no code for a connection that failed, only text; a server of another language gets the last line."""
+    said = str(error).strip()
+    if not isinstance(error, psycopg.OperationalError):
+        fix = "postgresql://user@host:5432/database, with special characters percent-encoded"
+        return Unsuitable(f"this is not a PostgreSQL URL: {said.splitlines()[0]}", fix)
+    if "password authentication failed" in said or "no password supplied" in said:
+        return NoEntry(said, "check user and password; TUNERY_ADMIN_DATABASE_URL, PGPASSWORD or ~/.pgpass may bring it")
+    if "pg_hba.conf" in said:
+        return Unsuitable(said, "allow this host, user and database in the server's pg_hba.conf; or ?sslmode=require")
+    place = urlsplit(url).netloc.rpartition("@")[2] or "the default server"
+    return Unsuitable(said, f"check that PostgreSQL runs at {place}, that it listens there, and the firewall between")
 
 
 def _check_server(connection: psycopg.Connection) -> None:
     if connection.info.server_version < OLDEST_POSTGRES * 10000:
         raise Unsuitable(
-            f"PostgreSQL {OLDEST_POSTGRES} or later is needed; this server says {connection.info.server_version}"
+            f"the server is PostgreSQL {server_version(connection)}; {OLDEST_POSTGRES} or later is needed",
+            f"upgrade it, or give another server ({OLDEST_POSTGRES} to 18 are tested)",
         )
+
+
+def server_version(connection: psycopg.Connection) -> str:
+    """Such as 18.6; distributions append their own name to it."""
+    return (connection.info.parameter_status("server_version") or "of an unknown version").split()[0]
 
 
 def _ensure_role(connection: psycopg.Connection, role: str, options: sql.SQL, password: str | None = None) -> None:
@@ -225,49 +280,3 @@ def _is_superuser(connection: psycopg.Connection) -> bool:
 
 def _run(connection: psycopg.Connection, statement: str, role: str) -> None:
     connection.execute(sql.SQL(statement).format(sql.Identifier(role)))  # pyright: ignore[reportArgumentType]
-
-
-def _read_env(path: Path) -> dict[str, str]:
-    if not path.exists():
-        return {}
-    pairs = (line.partition("=") for line in path.read_text().splitlines() if "=" in line and line[0] != "#")
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _write_env(path: Path, values: Mapping[str, str]) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.writelines(f"{name}={value}\n" for name, value in values.items())
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Prepare a server of your own. The admin URL comes by environment: argv is readable by everybody."""
-    parser = argparse.ArgumentParser(prog="python -m tunery.bootstrap", description=main.__doc__)
-    parser.add_argument("--env-file", type=Path, required=True, help="kept 0600; passwords in it are used again")
-    options = parser.parse_args(arguments)
-    admin_url = os.environ.get("TUNERY_ADMIN_DATABASE_URL")
-    if not admin_url:
-        parser.error("set TUNERY_ADMIN_DATABASE_URL=postgresql://admin:...@host/database")
-    known = _read_env(options.env_file)
-    passwords = {role: known.get(f"{role.upper()}_PASSWORD") or secrets.token_urlsafe(32) for role in LOGIN_ROLES}
-    pepper = os.environ.get("TUNERY_KEY_PEPPER") or known.get("TUNERY_KEY_PEPPER") or secrets.token_urlsafe(32)
-    values = {f"{role.upper()}_PASSWORD": password for role, password in passwords.items()}
-    values["TUNERY_KEY_PEPPER"] = pepper
-    _write_env(options.env_file, known | values)  # first: a password must not be lost once a role has it
-    try:
-        database = create_roles(admin_url, passwords)
-    except Unsuitable as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    urls = {role: url_for(admin_url, role, passwords[role], database) for role in LOGIN_ROLES}
-    migrate(urls["tunery_migrate"])
-    values |= {f"{role.upper()}_DATABASE_URL": url for role, url in urls.items()}
-    if key := first_run(urls["tunery_migrate"], pepper, known.get("TUNERY_API_KEY")):
-        values["TUNERY_API_KEY"] = key
-    _write_env(options.env_file, known | values)
-    sys.stderr.write(f"database {database!r} is ready; passwords, URLs and the admin key are in {options.env_file}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,13 +4,17 @@ import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
+from urllib.parse import urlsplit
 
 import typer
+
+from tunery.cli import terminal
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print a JSON document.")]
 PortOption = Annotated[
     int | None, typer.Option(metavar="PORT", help="Port of the API; else 8400 or that of last time.")
 ]
+EnvFile = Annotated[Path, typer.Option(metavar="FILE", help="Passwords and URLs, readable by you alone.")]
 
 db = typer.Typer(help="A database server of your own.", no_args_is_help=True)
 
@@ -72,21 +76,35 @@ def logs(
 
 @db.command("init")
 def db_init(
-    env_file: Annotated[Path, typer.Option(metavar="FILE", help="Passwords and URLs go here (0600).")],
     admin_url: Annotated[
         str | None,
         typer.Option(
             metavar="URL",
-            envvar="TUNERY_ADMIN_DATABASE_URL",
-            help="A role that may create roles. The variable keeps its password out of the process list.",
+            help="postgresql://admin@host/database, a role that may create roles; else TUNERY_ADMIN_DATABASE_URL. "
+            "Its password: in that variable, PGPASSWORD, ~/.pgpass, or asked for.",
         ),
     ] = None,
+    env_file: EnvFile = Path("tunery.env"),
 ) -> None:
     """Make Tunery's roles, schema and admin key on a PostgreSQL 15 or later of your own. May be repeated."""
-    if not admin_url:
-        raise typer.BadParameter("give --admin-url, or set TUNERY_ADMIN_DATABASE_URL")
-    os.environ["TUNERY_ADMIN_DATABASE_URL"] = admin_url
-    _hand_over("tunery.bootstrap", "--env-file", str(env_file))
+    if admin_url:
+        if urlsplit(admin_url).password:
+            terminal.say("warning: the password in --admin-url is in the process list and your shell's history;")
+            terminal.say("         leave it out, and it is asked for or taken from PGPASSWORD")
+        os.environ["TUNERY_ADMIN_DATABASE_URL"] = admin_url
+    _hand_over("tunery.db_commands", "init", "--env-file", str(env_file))
+
+
+@db.command("upgrade")
+def db_upgrade(env_file: EnvFile = Path("tunery.env")) -> None:
+    """Bring that database to this release's schema; older programs go on meanwhile."""
+    _hand_over("tunery.db_commands", "upgrade", "--env-file", str(env_file))
+
+
+@db.command("status")
+def db_status(env_file: EnvFile = Path("tunery.env")) -> None:
+    """Show that server's version and the schema it is at."""
+    _hand_over("tunery.db_commands", "status", "--env-file", str(env_file))
 
 
 def _hand_over(module: str, *arguments: str) -> NoReturn:

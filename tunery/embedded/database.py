@@ -14,6 +14,9 @@ from tunery.embedded.servers import Servers
 def prepare(home: Home, servers: Servers) -> dict[str, str]:
     """The URL of each login role, on a database that is at the newest schema and has its first key."""
     secrets = home.secrets()
+    if servers.postgres is None:
+        for name, value in servers.external.database_secrets.items():
+            secrets.put(name, value)
     passwords = {role: secrets.made(f"role_{role}") for role in bootstrap.LOGIN_ROLES}
     admin_url = servers.admin_url
     database = bootstrap.database_of(admin_url)
@@ -28,9 +31,11 @@ def prepare(home: Home, servers: Servers) -> dict[str, str]:
             raise Refused(
                 "the database could not be prepared",
                 why=str(error),
-                fix="set TUNERY_DATABASE_URL to a role that may create roles, for the first start only",
+                fix=f"{error.fix}; TUNERY_DATABASE_URL needs a role that may create roles, for the first start only, "
+                "or the variables that `tunery db init` made",
+                reference="docs/deploy.md",
             ) from error
-    bootstrap.migrate(urls["tunery_migrate"])
+    _migrate(urls["tunery_migrate"])
     pepper = secrets.made("key_pepper")
     if key := bootstrap.first_run(urls["tunery_migrate"], pepper, secrets.get("admin_key")):
         secrets.put("admin_key", key)
@@ -38,6 +43,13 @@ def prepare(home: Home, servers: Servers) -> dict[str, str]:
     version = bootstrap.schema_version(urls["tunery_migrate"])
     home.update_state(migrated=_marker(servers) | {"version": version})
     return urls
+
+
+def _migrate(url: str) -> None:
+    try:
+        bootstrap.migrate(url)
+    except bootstrap.Unsuitable as error:
+        raise Refused("the schema could not be upgraded", why=str(error), fix=error.fix) from error
 
 
 def _is_current(home: Home, servers: Servers, url: str) -> bool:

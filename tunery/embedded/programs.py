@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import signal
 import sys
 import time
@@ -15,6 +16,8 @@ from tunery.embedded.servers import Servers
 
 _STEADY_START_S = 0.3
 _SECRET_NAMES = ("TUNERY_DATABASE_URL", "TUNERY_REDIS_URL", "TUNERY_KEY_PEPPER", "TUNERY_API_KEY", "TUNERY_HOME")
+
+_SECRET_PATTERN = re.compile(r"TUNERY_((NODE_)?S3_.*|ADMIN_.*|.*_PASSWORD|.*_DATABASE_URL)|PG.*")
 
 
 class Programs:
@@ -90,7 +93,7 @@ def _inherited(folder: Path) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in _SECRET_NAMES and not name.startswith(("TUNERY_S3_", "TUNERY_ADMIN_", "TUNERY_NODE_S3_"))
+        if name not in _SECRET_NAMES and not _SECRET_PATTERN.fullmatch(name)
     }
     return kept | {"PYTHONPATH": import_path(folder), "PYTHONUNBUFFERED": "1"}
 

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from tunery import bootstrap
 from tunery.embedded import ports
 from tunery.embedded.home import Home
 from tunery.embedded.objects import BUCKET, GRPC_OFFSET, PORTS, REGION, Key, Objects
@@ -31,6 +32,8 @@ class External:
     s3_region: str = REGION
     node_s3_access_key_id: str | None = None
     node_s3_secret_access_key: str | None = None
+    database_secrets: Mapping[str, str] = field(default_factory=dict)
+    """What `tunery db init` made on that database, by its name in the secrets file: passwords, pepper and key."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "External":
@@ -47,6 +50,7 @@ class External:
             s3_region=given("S3_REGION") or REGION,
             node_s3_access_key_id=given("NODE_S3_ACCESS_KEY_ID"),
             node_s3_secret_access_key=given("NODE_S3_SECRET_ACCESS_KEY"),
+            database_secrets=_database_secrets(environ),
         )
         if found.s3_endpoint_url and not (found.s3_access_key_id and found.s3_secret_access_key):
             raise Refused(
@@ -73,6 +77,15 @@ class S3Identity:
             "TUNERY_S3_ACCESS_KEY_ID": self.access_key_id,
             "TUNERY_S3_SECRET_ACCESS_KEY": self.secret_access_key,
         }
+
+
+def _database_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """All or nothing: a lone TUNERY_API_KEY is the command line's, for whatever deployment it speaks to."""
+    found = {f"role_{role}": environ.get(f"{role.upper()}_PASSWORD", "") for role in bootstrap.LOGIN_ROLES}
+    if not all(found.values()):
+        return {}
+    more = {"key_pepper": environ.get("TUNERY_KEY_PEPPER"), "admin_key": environ.get("TUNERY_API_KEY")}
+    return found | {name: value for name, value in more.items() if value}
 
 
 class Servers:
