@@ -27,6 +27,9 @@ def main() -> int:
         log.error("a node already runs in this home", home=str(settings.home))
         return 1
     with lock:
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         url, tasks = settings.database_url.get_secret_value(), settings.cpu_task_slots
         engine = make_engine(url, pool_size=tasks + 2, idle_timeout_s=settings.lease_s)
         refuse_privileged_role(engine)

@@ -236,6 +236,7 @@ class Node:
             "TUNERY_NODE_ID": str(self._id),
             "TUNERY_NODE_SOCKET": self._bell_path,
             "TUNERY_NODE_PID": str(os.getpid()),
+            "TUNERY_REDIS_URL": self._settings.redis_url.get_secret_value(),  # which may have come from a file
         }
         keep = {
             name: value for name, value in os.environ.items() if not name.startswith(("TUNERY_S3", "TUNERY_DATABASE"))

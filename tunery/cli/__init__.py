@@ -8,13 +8,14 @@ import typer
 from typer.core import TyperGroup
 
 from tunery import __version__
-from tunery.cli import account, adapters, config, files, job_create, job_follow, jobs, models, terminal
+from tunery.cli import account, adapters, config, files, job_create, job_follow, jobs, models, nodes, terminal
 from tunery.cli.failures import explained
 
 _SECTIONS = {
     "A server on this machine": ("up", "down", "status", "doctor", "logs", "db"),
     "Account": ("login", "logout", "whoami"),
     "Fine-tuning": ("models", "files", "jobs", "adapters"),
+    "Machines": ("nodes", "node"),
 }
 _JOBS = ("create", "watch", "wait", "list", "show", "logs", "events", "checkpoints", "cancel", "delete")
 _ANYWHERE = ("--api-url", "--profile")
@@ -121,6 +122,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
+nodes.register(app)
 job_create.register(jobs.app)
 job_follow.register(jobs.app)
 jobs.app.registered_commands.sort(key=lambda command: _JOBS.index(command.name or ""))

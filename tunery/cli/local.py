@@ -39,7 +39,7 @@ def up(
     """
     if data is not None:
         os.environ["TUNERY_HOME"] = str(data.absolute())
-    _hand_over("tunery.embedded", "up", *_flag("--detach", detach), *_port(port))
+    hand_over("tunery.embedded", "up", *_flag("--detach", detach), *_port(port))
 
 
 def down(
@@ -47,7 +47,7 @@ def down(
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
 ) -> None:
     """Stop the server on this machine, in order. Running attempts are left to their supervisors."""
-    _hand_over("tunery.embedded", "down", *_flag("--purge", purge), *_flag("--yes", yes))
+    hand_over("tunery.embedded", "down", *_flag("--purge", purge), *_flag("--yes", yes))
 
 
 def status(
@@ -55,12 +55,12 @@ def status(
     env: Annotated[bool, typer.Option("--env", help="Print export lines with the key, for eval.")] = False,
 ) -> None:
     """Show what runs on this machine. Exit code 9 when nothing does."""
-    _hand_over("tunery.embedded", "status", *_flag("--json", as_json), *_flag("--env", env))
+    hand_over("tunery.embedded", "status", *_flag("--json", as_json), *_flag("--env", env))
 
 
 def doctor(as_json: JsonFlag = False, port: PortOption = None) -> None:
     """Check this machine: platform, servers, disk, ports, GPU, isolation of trainers."""
-    _hand_over("tunery.embedded", "doctor", *_flag("--json", as_json), *_port(port))
+    hand_over("tunery.embedded", "doctor", *_flag("--json", as_json), *_port(port))
 
 
 def logs(
@@ -71,7 +71,7 @@ def logs(
     lines: Annotated[int, typer.Option("-n", "--lines", help="So many of the last lines.")] = 50,
 ) -> None:
     """Show logs of the server on this machine."""
-    _hand_over("tunery.embedded", "logs", *(service or []), *_flag("--follow", follow), "--lines", str(lines))
+    hand_over("tunery.embedded", "logs", *(service or []), *_flag("--follow", follow), "--lines", str(lines))
 
 
 @db.command("init")
@@ -92,22 +92,22 @@ def db_init(
             terminal.say("warning: the password in --admin-url is in the process list and your shell's history;")
             terminal.say("         leave it out, and it is asked for or taken from PGPASSWORD")
         os.environ["TUNERY_ADMIN_DATABASE_URL"] = admin_url
-    _hand_over("tunery.db_commands", "init", "--env-file", str(env_file))
+    hand_over("tunery.db_commands", "init", "--env-file", str(env_file))
 
 
 @db.command("upgrade")
 def db_upgrade(env_file: EnvFile = Path("tunery.env")) -> None:
     """Bring that database to this release's schema; older programs go on meanwhile."""
-    _hand_over("tunery.db_commands", "upgrade", "--env-file", str(env_file))
+    hand_over("tunery.db_commands", "upgrade", "--env-file", str(env_file))
 
 
 @db.command("status")
 def db_status(env_file: EnvFile = Path("tunery.env")) -> None:
     """Show that server's version and the schema it is at."""
-    _hand_over("tunery.db_commands", "status", "--env-file", str(env_file))
+    hand_over("tunery.db_commands", "status", "--env-file", str(env_file))
 
 
-def _hand_over(module: str, *arguments: str) -> NoReturn:
+def hand_over(module: str, *arguments: str) -> NoReturn:
     """Become that program: signals, terminal and exit code are then its own."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -21,6 +21,7 @@ from tunery.client.errors import (
 )
 from tunery.client.shapes import (
     Adapter,
+    Admission,
     BaseModel,
     Checkpoint,
     Event,
@@ -28,8 +29,10 @@ from tunery.client.shapes import (
     FileEntry,
     Identity,
     Job,
+    JoinToken,
     LogChunk,
     Model,
+    Node,
 )
 from tunery.client.transport import OnBytes, OnRetry, Params, Transport
 
@@ -176,6 +179,25 @@ class Client:
     ) -> None:
         path = f"/adapters/{_segment(name)}/versions/{version}/files/{urllib.parse.quote(file['name'])}"
         self._http.download(path, target, sha256=file["sha256"], size=file["bytes"], on_bytes=on_bytes)
+
+    # Nodes
+
+    def nodes(self, *, page_size: int = 100) -> Iterator[Node]:
+        return cast("Iterator[Node]", self._pages("/nodes", page_size))
+
+    def node(self, name_or_id: str) -> Node:
+        return cast("Node", self._get(f"/nodes/{_segment(name_or_id)}"))
+
+    def remove_node(self, name_or_id: str) -> dict[str, Any]:
+        return self._http.call("DELETE", f"/nodes/{_segment(name_or_id)}")
+
+    def create_join_token(self, *, expires_in: int) -> JoinToken:
+        return cast("JoinToken", self._http.call("POST", "/nodes/tokens", json={"expires_in": expires_in}))
+
+    def join_node(self, *, name: str, version: str, dry_run: bool = False) -> Admission:
+        """With a join token as this client's key, which an answer that is lost on its way has used up all the same."""
+        body = {"name": name, "version": version, "dry_run": dry_run}
+        return cast("Admission", self._http.call("POST", "/nodes/join", json=body))
 
     def _get(self, path: str, params: Params | None = None) -> dict[str, Any]:
         return self._http.call("GET", path, params=params)

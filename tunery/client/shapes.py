@@ -190,3 +190,44 @@ class Adapter(TypedDict, total=False):
     name: str
     created_at: int
     versions: list[AdapterVersion]
+
+
+class Device(TypedDict, total=False):
+    index: int
+    kind: str
+    name: str
+    state: str
+    total_bytes: int
+    usable_bytes: int
+    reserved_bytes: int
+
+
+class Node(TypedDict, total=False):
+    id: Required[str]
+    object: str
+    name: str
+    state: str
+    joined: bool
+    version: str
+    task_slots: int
+    registered_at: int
+    last_seen_at: int
+    devices: list[Device]
+    info: dict[str, Any]
+
+
+class JoinToken(TypedDict, total=False):
+    id: Required[str]
+    token: Required[str]
+    created_at: int
+    expires_at: int
+
+
+class Admission(TypedDict, total=False):
+    """What a node that joins is told: where the servers are, and its own logins."""
+
+    id: str | None
+    name: str
+    version: str
+    addresses: dict[str, str]
+    environment: dict[str, str]

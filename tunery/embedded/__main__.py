@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tunery.embedded import doctor, status, supervisor
+from tunery.embedded import doctor, joined, status, supervisor
 from tunery.embedded.console import Console, Tail
 from tunery.embedded.home import CHECKOUT, AlreadyRunning, Home, default_home
 from tunery.embedded.identity import run_as
@@ -190,6 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("-f", "--follow", action="store_true")
     logs.add_argument("-n", "--lines", type=int, default=50)
     logs.set_defaults(command=_logs)
+
+    joined.add_parsers(commands)
     return parser
 
 

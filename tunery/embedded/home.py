@@ -19,7 +19,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 UNREACHABLE_DATA = Path("/var/lib/tunery/homes")
 """Where a root user's data lie when the home itself is below a folder that only root may enter."""
 _DATA_ENTRIES = ("pg", "valkey", "s3", "runtime", "node")
-_HOME_ENTRIES = ("state.json", "secrets.json", "client.json", "lock", "logs", *_DATA_ENTRIES)
+_HOME_ENTRIES = ("state.json", "secrets.json", "client.json", "node.env", "lock", "logs", *_DATA_ENTRIES)
 
 
 def default_home(environ: Mapping[str, str]) -> Path:

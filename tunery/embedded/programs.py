@@ -15,7 +15,14 @@ from tunery.embedded.process import Child, Command
 from tunery.embedded.servers import Servers
 
 _STEADY_START_S = 0.3
-_SECRET_NAMES = ("TUNERY_DATABASE_URL", "TUNERY_REDIS_URL", "TUNERY_KEY_PEPPER", "TUNERY_API_KEY", "TUNERY_HOME")
+_SECRET_NAMES = (
+    "TUNERY_DATABASE_URL",
+    "TUNERY_REDIS_URL",
+    "TUNERY_KEY_PEPPER",
+    "TUNERY_API_KEY",
+    "TUNERY_HOME",
+    "TUNERY_NODE_TOKEN",
+)
 
 _SECRET_PATTERN = re.compile(r"TUNERY_((NODE_)?S3_.*|ADMIN_.*|.*_PASSWORD|.*_DATABASE_URL)|PG.*")
 
@@ -67,7 +74,7 @@ class Programs:
         command = Command(
             name=name,
             argv=[sys.executable, "-P", "-m", module],  # -P: nothing in the working directory may shadow a module
-            environment=_inherited(self.folder) | {"TUNERY_REDIS_URL": self.servers.redis_url, **own},
+            environment=inherited(self.folder) | {"TUNERY_REDIS_URL": self.servers.redis_url, **own},
             cwd=cwd,
             stop_wait_s=stop_wait_s,
             # All that they know is in Postgres, and running attempts survive their node: a clean slate is safest.
@@ -88,7 +95,7 @@ class Programs:
             connection.close()
 
 
-def _inherited(folder: Path) -> dict[str, str]:
+def inherited(folder: Path) -> dict[str, str]:
     """The user's environment without what belongs to one program alone, and with the checkout importable."""
     kept = {
         name: value
