@@ -12,6 +12,7 @@ from tunery.db import PrivilegedRole, make_engine, make_sessions, refuse_privile
 from tunery.settings import ApiSettings
 from tunery.storage import Storage
 from tunery.telemetry import configure_logs
+from tunery.unreadable import hide_from_same_user
 
 log = structlog.get_logger(__name__)
 
@@ -21,6 +22,7 @@ GRACE_S = 30
 
 
 def main() -> int:
+    hide_from_same_user()
     configure_logs("api")
     try:
         settings = ApiSettings()  # pyright: ignore[reportCallIssue] - read from the environment

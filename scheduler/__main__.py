@@ -15,9 +15,11 @@ from tunery.dispatch import Doorbell, connect
 from tunery.settings import SchedulerSettings, StorageSettings
 from tunery.storage import Storage
 from tunery.telemetry import configure_logs
+from tunery.unreadable import hide_from_same_user
 
 
 def main() -> int:
+    hide_from_same_user()
     configure_logs("scheduler")
     settings = SchedulerSettings()  # type: ignore[call-arg] - from the environment
     # a frozen leader's transaction holds the leader's row: it may do so no longer than the lead itself lasts

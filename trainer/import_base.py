@@ -31,7 +31,7 @@ ARCHITECTURE = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    if not die_with(os.environ.get("TUNERY_PARENT_PID")):
+    if not die_with(os.environ.get("TUNERY_SUPERVISOR_PID")):
         return EXIT_OURS
     try:
         arguments = _parse(argv)

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import (
@@ -147,3 +147,17 @@ class NodeSettings(DatabaseSettings, StorageSettings, Clocks):
     """`python -P -m <module>`; tests put a trainer without torch here."""
     trainer_threads: int | None = None
     """CPU threads of a trainer; default: what the host gives it."""
+    trainer_isolation: Literal["auto", "require", "off"] = "auto"
+    """`auto`: whatever walls this host allows; `require`: no start without the ones that matter; `off`: none."""
+    trainer_uids: str = Field(default="60800-60863", pattern=r"^[1-9]\d*(-[1-9]\d*)?$")
+    """As root, each running trainer gets a uid of this range for itself. They need no entry in the password file."""
+    trainer_cgroups: str = ""
+    """Folders below /sys/fs/cgroup, separated by colons, in which the node may make a cgroup for each trainer."""
+    trainer_memory_bytes: int | None = Field(default=None, ge=256 * MIB)
+    """Main memory of one trainer; default: the host's, less 5 %. Needs a cgroup, or a trainer without a GPU."""
+    trainer_processes: int = Field(default=4096, ge=64)
+    """Processes and threads of one trainer. Needs a cgroup, or a uid of its own."""
+    trainer_readable: str = ""
+    """More paths that trainers may read, separated by colons."""
+    trainer_hidden: str = ""
+    """Paths that no trainer program may see, separated by colons. The node's home is one anyway."""

@@ -11,13 +11,16 @@ from tunery.ids import uuid7
 from tunery.settings import NodeSettings
 from tunery.storage import Storage
 from tunery.telemetry import configure_logs
+from tunery.unreadable import hide_from_same_user
 from worker import locks
+from worker.isolation.host import NotIsolated, decide
 from worker.node import Node, Replaced
 
 log = structlog.get_logger(__name__)
 
 
 def main() -> int:
+    hide_from_same_user()
     configure_logs("node")
     settings = NodeSettings()  # type: ignore[call-arg] - from the environment
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -35,7 +38,12 @@ def main() -> int:
         refuse_privileged_role(engine)
         node_id = _identity(settings)
         try:
-            Node(node_id, settings, make_sessions(engine, node_id=node_id), Storage(settings)).run()
+            ways, shown = decide(settings)
+        except NotIsolated as error:
+            log.error("this host does not isolate trainers as required", missing=str(error), docs="docs/isolation.md")
+            return 1
+        try:
+            Node(node_id, settings, make_sessions(engine, node_id=node_id), Storage(settings), ways, shown).run()
         except Replaced:
             log.error("another process has registered as this node; leaving it to that one")
             return 1

@@ -1,7 +1,6 @@
 """The node's CPU work: checking a job's rows, importing a base model. Leased, fenced, repeatable."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +28,8 @@ from tunery.states import FailureCode
 from tunery.storage import CorruptObject, Storage, manifest
 from tunery.tasks import Lease, TaskFenced
 from worker import model_store
+from worker.isolation import fetching
+from worker.isolation.host import Ways
 
 log = structlog.get_logger(__name__)
 
@@ -58,8 +59,10 @@ class Checked:
 class Chores:
     """Runs one task at a time on the calling thread; never raises."""
 
-    def __init__(self, node_id: uuid.UUID, settings: NodeSettings, sessions: Sessions, storage: Storage) -> None:
-        self._node_id, self._settings = node_id, settings
+    def __init__(
+        self, node_id: uuid.UUID, settings: NodeSettings, sessions: Sessions, storage: Storage, ways: Ways
+    ) -> None:
+        self._node_id, self._settings, self._ways = node_id, settings, ways
         self._sessions, self._storage = sessions, storage
 
     def run(self, lease: Lease) -> None:
@@ -179,16 +182,19 @@ class Chores:
         for field, option in options.items():
             if wanted.get(field):
                 command += [f"--{option}", str(wanted[field])]
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("TUNERY_")}
-        clean["PYTHONPATH"] = str(Path(__file__).parent.parent)
-        done = subprocess.run(
-            command,
-            env=clean | {"TUNERY_PARENT_PID": str(os.getpid())},
-            cwd=folder.parent,
-            capture_output=True,
-            text=True,
-            timeout=_IMPORT_S,
-        )
+        scratch = folder.with_name(f"{folder.name}.tmp")
+        scratch.mkdir(exist_ok=True)
+        try:
+            done = subprocess.run(
+                fetching.command(self._ways.fetcher, command, folder.parent, scratch, self._settings),
+                env=fetching.environment(scratch),
+                cwd=folder.parent,
+                capture_output=True,
+                text=True,
+                timeout=_IMPORT_S,
+            )
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
         if done.returncode == 0:
             return None
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 from tunery.nodes import Device
@@ -34,10 +35,34 @@ def _nvidia() -> list[Device]:
         pynvml.nvmlShutdown()
 
 
+def minors(uuids: Sequence[str] | None = None) -> list[int]:
+    """The N of `/dev/nvidiaN` of some GPUs, or of all; empty on a host without any."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        chosen = [one for one in handles if uuids is None or str(pynvml.nvmlDeviceGetUUID(one)) in uuids]
+        return [int(pynvml.nvmlDeviceGetMinorNumber(one)) for one in chosen]
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def _cpu() -> Device:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    usable = total - max(GIB, total // 20)
-    return Device("cpu", 0, "cpu", f"{_cpu_name()} x {usable_cores()}", total, usable)
+    return Device("cpu", 0, "cpu", f"{_cpu_name()} x {usable_cores()}", _main_memory(), usable_memory())
+
+
+def usable_memory() -> int:
+    """Bytes of main memory that a trainer may have."""
+    total = _main_memory()
+    return total - max(GIB, total // 20)
+
+
+def _main_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def usable_cores() -> int:

@@ -1,6 +1,7 @@
 """Base models on this node's disk: brought from the object store once, hashed, then only read."""
 
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def ensure(store: Path, storage: Storage, base_model_id: object, prefix: str, ca
     """
     folder = store / str(base_model_id)
     if (folder / _DONE).exists():
+        _open_to_trainers(folder)
         return folder
     with locks.take(store / f"{base_model_id}.lock", wait=True):
         if (folder / _DONE).exists():
@@ -31,6 +33,7 @@ def ensure(store: Path, storage: Storage, base_model_id: object, prefix: str, ca
                 path.parent.mkdir(parents=True, exist_ok=True)
                 storage.fetch(f"{prefix}/{file['name']}", path, file["sha256"])
         (part / _DONE).touch()
+        _open_to_trainers(part)
         part.rename(folder)
     return folder
 
@@ -43,4 +46,13 @@ def adopt(store: Path, base_model_id: object, source: Path) -> None:
             shutil.rmtree(source)
             return
         (source / _DONE).touch()
+        _open_to_trainers(source)
         source.rename(folder)
+
+
+def _open_to_trainers(folder: Path) -> None:
+    """Whatever umask made these files: a trainer with a uid of its own reads them too."""
+    for path in (folder.parent, folder, *folder.rglob("*")):
+        least = 0o755 if path.is_dir() else 0o644
+        if (mode := stat.S_IMODE(path.stat().st_mode)) | least != mode:
+            path.chmod(mode | least)

@@ -29,6 +29,8 @@ from tunery.states import AttemptState, FailureCode
 from tunery.storage import Storage
 from worker import inventory, locks, processes
 from worker.chores import Chores
+from worker.isolation import limits
+from worker.isolation.host import Ways
 from worker.patience import passing
 from worker.workspace import Workspace
 
@@ -45,13 +47,22 @@ class Replaced(Exception):
 class Node:
     """One host's worker. `run` returns when asked to stop, with every attempt of this node at rest."""
 
-    def __init__(self, node_id: uuid.UUID, settings: NodeSettings, sessions: Sessions, storage: Storage) -> None:
+    def __init__(
+        self,
+        node_id: uuid.UUID,
+        settings: NodeSettings,
+        sessions: Sessions,
+        storage: Storage,
+        ways: Ways,
+        isolation: dict[str, object],
+    ) -> None:
         self._id, self._settings, self._sessions = node_id, settings, sessions
         self._boot_id = uuid.uuid4()
         self._attempts = settings.home / "attempts"
         self._attempts.mkdir(parents=True, exist_ok=True)
         self._supervisors: dict[str, subprocess.Popen[bytes]] = {}
-        self._chores = Chores(node_id, settings, sessions, storage)
+        self._ways, self._isolation = ways, isolation
+        self._chores = Chores(node_id, settings, sessions, storage, ways)
         self._pool = ThreadPoolExecutor(settings.cpu_task_slots, thread_name_prefix="task")
         self._busy = threading.Semaphore(settings.cpu_task_slots)
         self._bell, self._bell_path = _doorbell(settings.home)
@@ -101,9 +112,10 @@ class Node:
 
     def _supervise(self, attempt_id: str) -> None:
         with (self._attempts / f"{attempt_id}.log").open("ab") as out:
+            os.fchmod(out.fileno(), 0o600)
             self._supervisors[attempt_id] = subprocess.Popen(
                 [sys.executable, "-m", "worker.supervisor", attempt_id],
-                env=os.environ | {"TUNERY_NODE_ID": str(self._id)},
+                env=os.environ | {"TUNERY_NODE_ID": str(self._id)} | self._ways.environment(),
                 cwd=Path(__file__).parent.parent,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -121,7 +133,7 @@ class Node:
     def _bury(self, attempt_id: uuid.UUID) -> None:
         """The supervisor died: end whatever it left behind, then say so, and the job goes on at once."""
         name = str(attempt_id)
-        if not processes.end_all(name):
+        if not self._end_all(name):
             log.error("a trainer would not die; its device stays reserved", attempt=name)
             return
         with transaction(self._sessions) as session:
@@ -135,7 +147,7 @@ class Node:
         if locks.is_taken(self._lock(name)):
             self._poke(name)  # it will find itself fenced
             return
-        if processes.end_all(name):
+        if self._end_all(name):
             with transaction(self._sessions) as session:
                 leases.release(session, attempt_id)
             self._clear(name)
@@ -179,7 +191,7 @@ class Node:
         for folder in [path for path in self._attempts.iterdir() if path.is_dir()]:
             if folder.name in mine or locks.is_taken(self._lock(folder.name)):
                 continue
-            if processes.end_all(folder.name):
+            if self._end_all(folder.name):
                 self._clear(folder.name)
         store = self._settings.model_store or self._settings.home / "models"
         for left in (*self._settings.home.glob("rows-*"), *store.glob("*.import-*")):
@@ -199,7 +211,7 @@ class Node:
             slots=len(devices),
             task_slots=self._settings.cpu_task_slots,
             version=__version__,
-            info={"host": socket.gethostname(), "trainer_isolated": False, "network_isolated": False},
+            info={"host": socket.gethostname(), **self._isolation},
         )
 
     def _drain(self) -> None:
@@ -291,6 +303,12 @@ class Node:
             return int(self._lock(attempt_id).read_text())
         except (OSError, ValueError):
             return None
+
+    def _end_all(self, attempt_id: str) -> bool:
+        """Whatever a dead supervisor left: by its mark, by the uid that its workspace was given to, by its cgroup."""
+        gone = processes.end_all(attempt_id, uid=Workspace(self._attempts / attempt_id).owner())
+        limits.end(limits.left(limits.parents(self._settings.trainer_cgroups), attempt_id))
+        return gone
 
     def _clear(self, attempt_id: str) -> None:
         Workspace(self._attempts / attempt_id).remove()

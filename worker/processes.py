@@ -44,13 +44,23 @@ def marked(attempt_id: str) -> list[int]:
     return [pid for pid, environment in _environments() if mark in environment.split(b"\0")]
 
 
-def end_all(attempt_id: str, timeout_s: float = 10) -> bool:
+def of_uid(uid: int) -> list[int]:
+    """Living processes of a uid that one trainer has for itself: it may have cleared its environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and entry.stat().st_uid == uid and not _is_zombie(entry):
+                found.append(int(entry.name))
+    return found
+
+
+def end_all(attempt_id: str, timeout_s: float = 10, uid: int | None = None) -> bool:
     """SIGKILL everything of an attempt and wait until it is gone. False if something would not die in time.
 
-    A process in uninterruptible sleep (a dead disk, a GPU driver call) can outlive the signal for a while.
+    `uid` is the trainer's own, where it had one. A process in uninterruptible sleep (a dead disk, a GPU driver call) can outlive the signal for a while.
     """
     deadline = time.monotonic() + timeout_s
-    while pids := marked(attempt_id):
+    while pids := {*marked(attempt_id), *(of_uid(uid) if uid is not None else ())}:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)

@@ -18,6 +18,7 @@ from rq.serializers import JSONSerializer
 
 from tunery.dispatch import RING, connect, queue_name
 from tunery.telemetry import configure_logs
+from tunery.unreadable import hide_from_same_user
 from worker import processes
 
 log = structlog.get_logger(__name__)
@@ -59,6 +60,7 @@ def _is_ring(job: Job) -> bool:
 
 
 def main() -> int:
+    hide_from_same_user()
     configure_logs("ring")
     processes.follow(int(os.environ["TUNERY_NODE_PID"]))
     connection = connect(os.environ["TUNERY_REDIS_URL"], timeout_s=75)

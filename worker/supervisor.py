@@ -42,9 +42,11 @@ from tunery.settings import NodeSettings
 from tunery.states import FailureCode, StopReason
 from tunery.storage import CorruptObject, Storage
 from tunery.telemetry import configure_logs
+from tunery.unreadable import hide_from_same_user
 from worker import locks, processes, trainers
 from worker.claiming import claim
 from worker.ending import Ending, NoOutcome
+from worker.isolation.host import Ways
 from worker.keeper import Keeper
 from worker.patience import OutageTooLong, persist
 from worker.recorder import Recorder
@@ -75,7 +77,7 @@ class Supervisor:
         self._work, self._workspace, self._storage = work, workspace, storage
         self._sessions, self._settings = sessions, settings
         self._inbox: queue.Queue[Said] = queue.Queue(maxsize=10_000)
-        self._trainer = trainers.choose(work, workspace, settings.trainer_module, settings.trainer_threads)
+        self._trainer = trainers.choose(work, workspace, settings, Ways.inherited(settings))
         # renewals must not wait behind anybody's slow statement
         own = make_engine(settings.database_url.get_secret_value(), pool_size=1, statement_timeout_s=5)
         self._keeper = Keeper(
@@ -313,6 +315,7 @@ def _understood(event: Event) -> Event:
 
 def main(attempt: str) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+    hide_from_same_user()
     configure_logs("supervisor")
     structlog.contextvars.bind_contextvars(attempt=attempt)
     settings = NodeSettings()  # type: ignore[call-arg] - from the environment

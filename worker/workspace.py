@@ -1,5 +1,6 @@
 """One attempt's folder: its rows, its spec, its checkpoint to continue from. Gone when the attempt is."""
 
+import os
 import shutil
 import tempfile
 import uuid
@@ -95,6 +96,33 @@ class Workspace:
             output=str(self.output),
         )
         self.spec.write_text(spec.model_dump_json(indent=2))
+
+    def given(self) -> list[Path]:
+        """What the trainer reads and must not change; the log is the supervisor's to write and to upload."""
+        return [self.root / "data", self.root / "resume", self.spec, self.log]
+
+    def writable(self) -> list[Path]:
+        return [self.root, *([self._socket_folder] if self._socket_folder else [])]
+
+    def give(self, uid: int) -> None:
+        """To a trainer with a uid of its own. It makes files here, but cannot rename or remove ours: sticky."""
+        os.chown(self.root, -1, uid)
+        self.root.chmod(0o1770)
+        for folder in (self.checkpoints, self.root / "tmp", self.socket, self._socket_folder):
+            if folder is not None:
+                os.chown(folder, uid, uid)
+        for path in (self.root / "data", self.root / "resume", self.spec):
+            for each in (path, *path.rglob("*")) if path.exists() else ():
+                os.chown(each, -1, uid)
+                each.chmod(0o750 if each.is_dir() else 0o640)
+
+    def owner(self) -> int | None:
+        """The uid that it was given to; None if it is still ours, or gone."""
+        try:
+            found = self.checkpoints.stat().st_uid
+        except OSError:
+            return None
+        return found if found != os.geteuid() else None
 
     def remove(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)

@@ -1,9 +1,11 @@
-"""What this machine offers and lacks, in under a second. A red line stops `tunery up` and says what to do."""
+"""What this machine offers and lacks, in about a second. A red line stops `tunery up` and says what to do."""
 
 import contextlib
+import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +20,7 @@ from tunery.embedded.servers import External
 
 GIB = 1024**3
 _LEAST_FREE_BYTES, _COMFORTABLE_BYTES = 1 * GIB, 10 * GIB
+_PROBE_S = 60
 _OLDEST_GLIBC = (2, 28)
 PROGRAMS = ("api", "scheduler", "worker")
 
@@ -41,6 +44,7 @@ class Check:
 
 def examine(home: Home, external: External, api_port: int, root: Path = CHECKOUT) -> list[Check]:
     """Every check; none changes anything."""
+    probe = _start_probe(home, root)
     return [
         _platform(),
         *_servers(external),
@@ -50,7 +54,7 @@ def examine(home: Home, external: External, api_port: int, root: Path = CHECKOUT
         _memory(),
         _port(home, api_port),
         _gpu(),
-        _isolation(),
+        _isolation(probe),
     ]
 
 
@@ -154,7 +158,36 @@ def _quietly(probe: Callable[[], str | None]) -> str | None:
     return None
 
 
-def _isolation() -> Check:
-    """A process can read the environment of every other one of its user, secrets included."""
-    detail = "no: trainers run as the node's user and could read its secrets; train only data and models you trust"
-    return Check("trainer isolated", Level.WARN, detail)
+def _start_probe(home: Home, root: Path) -> "subprocess.Popen[str] | None":
+    """The node's own probe, which starts a child behind every wall it knows: it takes half a second."""
+    if not (root / "worker" / "isolation").is_dir():
+        return None
+    hidden = os.pathsep.join(dict.fromkeys((str(home.root), str(home.data))))
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "worker.isolation"],
+        env=os.environ | {"PYTHONPATH": str(root), "TUNERY_TRAINER_HIDDEN": hidden},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def _isolation(probe: "subprocess.Popen[str] | None") -> Check:
+    """A process can read what its user can, secrets included, unless walls stand between them."""
+    try:
+        answer, _ = probe.communicate(timeout=_PROBE_S) if probe else ("", None)
+        found = json.loads(answer)
+    except (subprocess.TimeoutExpired, ValueError):
+        if probe is not None:
+            probe.kill()
+        return Check("trainer isolated", Level.WARN, "unknown: the probe did not answer", "python -m worker.isolation")
+    stand = [layer["name"] for layer in found["layers"] if layer["on"]]
+    lack = [layer for layer in found["layers"] if not layer["on"]]
+    isolated = found["trainer_isolated"] and found["network_isolated"]
+    detail = f"{'yes' if isolated else 'no'}: {', '.join(stand) or 'nothing stands'}"
+    if lack:
+        detail += "; without " + "; ".join(f"{layer['name']} ({layer['detail']})" for layer in lack)
+    if not isolated:
+        detail += "; train only data and models you trust"
+    fixes = dict.fromkeys(layer["fix"] for layer in lack if layer["fix"])
+    return Check("trainer isolated", Level.OK if isolated else Level.WARN, detail, "; ".join(fixes) or None)

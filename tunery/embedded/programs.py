@@ -58,6 +58,7 @@ class Programs:
         own = {
             "TUNERY_DATABASE_URL": self.urls["tunery_worker"],
             "TUNERY_HOME": str(self.home.node),
+            "TUNERY_TRAINER_HIDDEN": os.pathsep.join(dict.fromkeys((str(self.home.root), str(self.home.data)))),
             **self.servers.s3_node.environment(),
         }
         return self._child("node", "worker", own, self.home.node, stop_wait_s=30)

@@ -1,0 +1,67 @@
+"""One uid for each trainer that runs. Held by a lock that the kernel lets go of, so no crash leaks one."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from worker import locks
+
+_SHARED = Path("/run/tunery/uids")
+"""Two nodes on one host must not give the same uid to two trainers."""
+
+
+class NoUid(OSError):
+    """Every uid of the range is taken."""
+
+
+@dataclass(frozen=True)
+class HeldUid:
+    """A uid, which is its own group too, for as long as this is open."""
+
+    uid: int
+    _lock: IO[str]
+
+    def release(self) -> None:
+        self._lock.close()
+
+
+def take(span: str, home: Path) -> HeldUid:
+    """The first free uid of a span such as `60800-60863`.
+
+    Raises:
+        NoUid: every one is in use, by a trainer or by whatever else runs under it.
+    """
+    first, _, last = span.partition("-")
+    folder = _folder(home)
+    for uid in range(int(first), int(last or first) + 1):
+        try:
+            lock = locks.take(folder / f"{uid}.lock")
+        except locks.Taken:
+            continue
+        if _is_used(uid):
+            lock.close()
+            continue
+        return HeldUid(uid, lock)
+    raise NoUid(f"every uid of TUNERY_TRAINER_UIDS={span} is in use")
+
+
+def _folder(home: Path) -> Path:
+    for folder in (_SHARED, home / "uids"):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    raise NoUid(f"neither {_SHARED} nor {home} can be written")
+
+
+def _is_used(uid: int) -> bool:
+    for entry in os.scandir("/proc"):
+        try:
+            if entry.name.isdigit() and entry.stat().st_uid == uid:
+                return True
+        except FileNotFoundError:
+            continue
+    return False
