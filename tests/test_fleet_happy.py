@@ -63,7 +63,7 @@ def test_a_subscriber_hears_once_that_a_job_has_ended(running):
 
 
 def test_another_node_raises_what_runs_at_once_without_a_restart(running):
-    made = [running.submit("slow", steps=40) for _ in range(2)]
+    made = [running.submit("slow", steps=120) for _ in range(2)]
     running.until(lambda: sorted(map(running.state, made)) == ["queued", "running"])
     with running.look() as session:
         reason = session.scalars(select(Job.wait_reason).where(Job.id.in_(made), Job.state == "queued")).one()

@@ -57,7 +57,8 @@ def of_uid(uid: int) -> list[int]:
 def end_all(attempt_id: str, timeout_s: float = 10, uid: int | None = None) -> bool:
     """SIGKILL everything of an attempt and wait until it is gone. False if something would not die in time.
 
-    `uid` is the trainer's own, where it had one. A process in uninterruptible sleep (a dead disk, a GPU driver call) can outlive the signal for a while.
+    `uid` is the trainer's own, where it had one. A process in uninterruptible sleep (a dead disk, a GPU driver call)
+    can outlive the signal for a while.
     """
     deadline = time.monotonic() + timeout_s
     while pids := {*marked(attempt_id), *(of_uid(uid) if uid is not None else ())}:

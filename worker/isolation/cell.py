@@ -51,7 +51,7 @@ class Cell:
             scratch=workspace.root / "tmp",
             marks=marks,
             readable=self._readable(),
-            writable=[str(path) for path in workspace.writable()],
+            writable=[*map(str, workspace.writable()), *_latches()],
             hidden=[str(self._settings.home), *_split(self._settings.trainer_hidden)],
             devices=sight.nvidia(inventory.minors(devices)) if devices else [],
             limits=limits.rlimits(
@@ -97,6 +97,15 @@ class Cell:
         more = [store, *_split(self._settings.trainer_readable)]
         given = [str(path) for path in self._workspace.given() if path.exists()]
         return [*sight.readable(self._settings.trainer_module, more), *given]
+
+
+def _latches() -> list[str]:
+    """Where a failpoint of a trainer leaves its file; only tests allow failpoints."""
+    folder = os.environ.get("TUNERY_FAILPOINT_DIR", "")
+    if not folder or os.environ.get("TUNERY_FAILPOINTS_ALLOWED") != "1":
+        return []
+    Path(folder).chmod(0o1777)
+    return [folder]
 
 
 def _split(paths: str) -> list[str]:

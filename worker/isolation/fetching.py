@@ -1,4 +1,4 @@
-"""The one trainer program that has a network: it fetches base models, and sees no tenant's data and no secret of ours."""
+"""The one trainer program with a network: it fetches base models, and sees no tenant's data and no secret of ours."""
 
 import os
 from collections.abc import Sequence

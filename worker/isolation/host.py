@@ -14,6 +14,7 @@ from worker.isolation.walls import Way
 
 log = structlog.get_logger(__name__)
 
+OFF = {"trainer_isolated": False, "network_isolated": False}
 _ENVIRONMENT = "TUNERY_ISOLATION_WAYS"
 
 
@@ -48,7 +49,7 @@ def decide(settings: NodeSettings) -> tuple[Ways, dict[str, object]]:
     """
     if settings.trainer_isolation == "off":
         log.warning("trainers run without walls", setting="TUNERY_TRAINER_ISOLATION=off")
-        return Ways(None, None), {"trainer_isolated": False, "network_isolated": False, "layers": [], "refused": []}
+        return Ways(None, None), {**OFF, "layers": [], "refused": []}
     wanted = _wanted(settings)
     found = probe.find(wanted)
     if settings.trainer_isolation == "require" and (missing := found.missing()):

@@ -23,7 +23,7 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
         "no_new_privileges": status["NoNewPrivs"] == "1",
         "capabilities": int(status["CapEff"], 16) | int(status["CapPrm"], 16),
         "filter": status.get("Seccomp") == "2",
-        "processes": [int(name) for name in os.listdir("/proc") if name.isdigit()],
+        "processes": [int(one.name) for one in Path("/proc").iterdir() if one.name.isdigit()],
         "node_environment": _readable(Path(f"/proc/{asked['node']}/environ")),
         "interfaces": [name for _, name in socket.if_nameindex()],
         "sockets": _internet_sockets(),
@@ -39,14 +39,14 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
 def _readable(path: Path) -> bool:
     with suppress(OSError):
         if path.is_dir():
-            return bool(os.listdir(path))
+            return any(path.iterdir())
         return bool(path.read_bytes())
     return False
 
 
 def _identity(path: str) -> list[int]:
     """Which folder it really is: one may only look like the one outside."""
-    found = os.stat(path)
+    found = Path(path).stat()
     return [found.st_dev, found.st_ino]
 
 

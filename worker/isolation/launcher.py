@@ -50,7 +50,7 @@ def main(plan: dict[str, Any]) -> NoReturn:
     os.environ.update(plan.get("set") or {})
     os.environ["TUNERY_SUPERVISOR_PID"] = str(parent)  # as the trainer sees it
     os.chdir(plan["cwd"])
-    os.execv(plan["argv"][0], plan["argv"])
+    os.execv(plan["argv"][0], plan["argv"])  # noqa: S606 - the point of it
 
 
 def _follow(parent: int) -> None:

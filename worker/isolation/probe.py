@@ -185,6 +185,7 @@ def _run(way: Way, wanted: Wanted, folder: Path, uid: int | None) -> dict[str, A
         return "the workspace cannot be written there"
     if answer["cuda"]:
         return f"CUDA does not start: {answer['cuda']}"
+    answer["written_outside"] = [one for one, identity in answer["writable"].items() if identity == _identity(one)]
     return answer
 
 
@@ -208,7 +209,7 @@ def _layers(way: Way, wanted: Wanted, facts: dict[str, Any]) -> list[Layer]:
     own = facts["uid"] != os.geteuid()
     bare = facts["no_new_privileges"] and not facts["capabilities"]
     leaks = [*facts["secrets_read"], *(["the node's environment"] if facts["node_environment"] else [])]
-    outside = [path for path, identity in facts["writable"].items() if identity == _identity(path)]
+    outside = facts["written_outside"]
     alone = way.processes or way.bubblewrap is not None
     cut = set(facts["interfaces"]) <= {"lo"}
     own_fix = "run the node as root, or with CAP_SETUID, CAP_SETGID, CAP_CHOWN and CAP_KILL"
