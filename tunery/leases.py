@@ -137,6 +137,14 @@ def stopped(session: Session, held: Held, reason: StopReason, *, still_holds_gpu
     _after_stop(session, held.job, f"Attempt {held.attempt.no} stopped ({reason})")
 
 
+def give_back(session: Session, held: Held, reason: str) -> None:
+    """Nothing was started for the attempt, and not through the job's fault: it waits again, uncharged."""
+    held.attempt.claimed_at = None  # what was never used has no usage
+    _end_attempt(session, held.attempt, AttemptState.PREEMPTED)
+    held.attempt.failure_message = reason
+    _after_stop(session, held.job, f"Attempt {held.attempt.no} was not started: {reason}")
+
+
 def fail(
     session: Session,
     held: Held,

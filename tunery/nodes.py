@@ -1,7 +1,7 @@
 """A node's own rows: itself, its devices, its slots, the attempts assigned to it."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,3 +108,47 @@ def devices_of(session: Session, attempt_id: uuid.UUID) -> list[Gpu]:
 def engine_socket(session: Session, engine_id: uuid.UUID) -> str | None:
     """Where an engine of this node takes attempts; None if it is not up."""
     return session.scalar(select(Engine.socket).where(Engine.id == engine_id, Engine.state == "up"))
+
+
+# ---- GPUs that are not clean ------------------------------------------------------------------------------------
+
+
+def neighbours(session: Session, attempt_id: uuid.UUID) -> list[uuid.UUID]:
+    """Other attempts that hold a share of this one's devices."""
+    mine = select(Allocation.gpu_id).where(Allocation.owner_attempt == attempt_id)
+    others = select(Allocation.owner_attempt).where(
+        Allocation.gpu_id.in_(mine),
+        Allocation.released_at.is_(None),
+        Allocation.owner_attempt.is_not(None),
+        Allocation.owner_attempt != attempt_id,
+    )
+    return [one for one in session.scalars(others.distinct()) if one is not None]
+
+
+def mark_dirty(session: Session, node_id: uuid.UUID, reasons: Mapping[str, str]) -> None:
+    """These devices, by the driver's UUID, get no work until `mark_clean`. Why stands in the node's `info`."""
+    for device, reason in reasons.items():
+        _mark(session, node_id, device, "healthy", "dirty")
+        _note(session, node_id, device, reason)
+
+
+def mark_clean(session: Session, node_id: uuid.UUID, device: str) -> None:
+    _mark(session, node_id, device, "dirty", "healthy")
+    _note(session, node_id, device, None)
+
+
+def dirty(session: Session, node_id: uuid.UUID) -> list[str]:
+    """Devices of this node to look at again: those that nobody holds any more."""
+    query = select(Gpu.uuid).where(Gpu.node_id == node_id, Gpu.state == "dirty", Gpu.reserved_bytes == 0)
+    return list(session.scalars(query))
+
+
+def _mark(session: Session, node_id: uuid.UUID, device: str, before: str, after: str) -> None:
+    mine = (Gpu.node_id == node_id, Gpu.uuid == device, Gpu.state == before)
+    session.execute(update(Gpu).where(*mine).values(state=after))
+
+
+def _note(session: Session, node_id: uuid.UUID, device: str, reason: str | None) -> None:
+    node = session.get_one(Node, node_id, with_for_update=True, populate_existing=True)
+    known = {name: why for name, why in node.info.get("dirty", {}).items() if name != device}
+    node.info = node.info | {"dirty": known | ({device: reason} if reason else {})}

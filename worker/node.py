@@ -27,10 +27,11 @@ from tunery.nodes import Assigned
 from tunery.settings import NodeSettings
 from tunery.states import AttemptState, FailureCode
 from tunery.storage import Storage
-from worker import inventory, locks, processes
+from worker import inventory, launch_guard, locks, processes
 from worker.chores import Chores
 from worker.isolation import limits
 from worker.isolation.host import Ways
+from worker.launch_guard import Driver, Nvml
 from worker.patience import passing
 from worker.workspace import Workspace
 
@@ -55,7 +56,9 @@ class Node:
         storage: Storage,
         ways: Ways,
         isolation: dict[str, object],
+        driver: Driver | None = None,
     ) -> None:
+        self._driver = driver or Nvml()
         self._id, self._settings, self._sessions = node_id, settings, sessions
         self._boot_id = uuid.uuid4()
         self._attempts = settings.home / "attempts"
@@ -92,11 +95,13 @@ class Node:
                 raise Replaced(str(self._id))
             mine = nodes.assigned(session, self._id)
             unreleased = nodes.unreleased(session, self._id)
+            dirty = nodes.dirty(session, self._id)
         self._reap()
         for attempt in mine:
             self._look_after(attempt)
         for attempt_id in unreleased:
             self._free(attempt_id)
+        self._look_again(dirty)
         self._take_tasks()
 
     def _look_after(self, attempt: Assigned) -> None:
@@ -151,6 +156,14 @@ class Node:
             with transaction(self._sessions) as session:
                 leases.release(session, attempt_id)
             self._clear(name)
+
+    def _look_again(self, dirty: list[str]) -> None:
+        """A GPU that somebody else was on gets work again once it is clean."""
+        still = launch_guard.look(self._driver, [("cuda", device) for device in dirty])
+        for device in set(dirty) - set(still):
+            with transaction(self._sessions) as session:
+                nodes.mark_clean(session, self._id, device)
+            log.info("a GPU is clean again", gpu=device)
 
     def _take_tasks(self) -> None:
         while not self._stopping and self._busy.acquire(blocking=False):

@@ -21,7 +21,7 @@ from pathlib import Path
 import structlog
 from pydantic import ValidationError
 
-from tunery import failpoints, leases
+from tunery import failpoints, leases, nodes
 from tunery.contracts.channel import LineTooLong, read_lines, send_line
 from tunery.contracts.events import (
     EVENTS,
@@ -31,6 +31,7 @@ from tunery.contracts.events import (
     Command,
     Event,
     Failed,
+    Finished,
     Started,
     Stop,
     Stored,
@@ -43,11 +44,12 @@ from tunery.states import FailureCode, StopReason
 from tunery.storage import CorruptObject, Storage
 from tunery.telemetry import configure_logs
 from tunery.unreadable import hide_from_same_user
-from worker import locks, processes, trainers
+from worker import launch_guard, locks, processes, trainers
 from worker.claiming import claim
 from worker.ending import Ending, NoOutcome
 from worker.isolation.host import Ways
 from worker.keeper import Keeper
+from worker.launch_guard import Driver, Nvml
 from worker.patience import OutageTooLong, persist
 from worker.recorder import Recorder
 from worker.uploads import CheckpointUploads, LogUploads
@@ -72,9 +74,16 @@ class Supervisor:
     """Runs one claimed attempt to its end."""
 
     def __init__(
-        self, work: Work, workspace: Workspace, storage: Storage, sessions: Sessions, settings: NodeSettings
+        self,
+        work: Work,
+        workspace: Workspace,
+        storage: Storage,
+        sessions: Sessions,
+        settings: NodeSettings,
+        driver: Driver | None = None,
     ) -> None:
         self._work, self._workspace, self._storage = work, workspace, storage
+        self._driver = driver or Nvml()
         self._sessions, self._settings = sessions, settings
         self._inbox: queue.Queue[Said] = queue.Queue(maxsize=10_000)
         self._trainer = trainers.choose(work, workspace, settings, Ways.inherited(settings))
@@ -118,6 +127,8 @@ class Supervisor:
                 return
             if self._interrupted.is_set():
                 self._before_training(ending)
+                return
+            if self._refused_by_device():
                 return
             listener.bind(str(self._workspace.socket))
             self._workspace.socket.chmod(0o600)
@@ -175,6 +186,28 @@ class Supervisor:
             return FailureCode.DISK_FULL, f"The workspace could not be written: {error.strerror}"
         return None
 
+    def _refused_by_device(self) -> bool:
+        """Somebody else is on our GPU: the job goes back unharmed, and the GPU gets no more work until it is clean."""
+        if not any(kind == "cuda" for kind, _ in self._work.devices) or self._work.engine_socket is not None:
+            return False
+        node_id = self._sessions.kw["info"]["node_id"]
+        with transaction(self._sessions) as session:
+            neighbours = nodes.neighbours(session, self._work.attempt_id)
+        reasons = launch_guard.look(self._driver, self._work.devices, neighbours)
+        if not reasons:
+            return False
+
+        def give_back() -> None:
+            with transaction(self._sessions) as session:
+                held = leases.hold(session, self._work.attempt_id, self._work.fence)
+                nodes.mark_dirty(session, node_id, reasons)
+                why = "; ".join(f"{device}: {reason}" for device, reason in reasons.items())
+                leases.give_back(session, held, why)
+
+        log.error("a GPU is not clean; the attempt goes back", reasons=reasons)
+        persist("giving the attempt back", give_back, self._settings.outage_grace_s)
+        return True
+
     def _listen(self, listener: socket.socket) -> None:
         """Accept the trainer and pass on what it says. The bounded inbox makes a flood wait in the socket."""
         try:
@@ -186,13 +219,21 @@ class Supervisor:
             if untold is not None:
                 self._tell(untold)
             for line in read_lines(connection):
-                self._inbox.put(_understood(EVENTS.validate_json(line.replace(_NUL, _REPLACEMENT))))
+                event = _understood(EVENTS.validate_json(line.replace(_NUL, _REPLACEMENT)))
+                self._inbox.put(self._ours(event))
         except OSError:
             pass  # closed because the attempt is over
         except (LineTooLong, ValidationError) as error:
             log.error("the trainer broke the protocol", error=str(error)[:500])
             self._inbox.put(Failed(code=FailureCode.INTERNAL, message="The trainer sent a line that is no event."))
         self._inbox.put(EOFError)
+
+    def _ours(self, event: Event) -> Event:
+        """The event; or, when a trainer names a folder that is not its own to store or delete, its end."""
+        if not isinstance(event, Checkpoint | Finished) or self._workspace.holds(event.path):
+            return event
+        message = f"The trainer named a folder outside its workspace: {event.path[:200]}"
+        return Failed(code=FailureCode.INTERNAL, message=message, seq=event.seq, time=event.time, step=event.step)
 
     def _watch(self) -> Event | NoOutcome:
         """Until the trainer has said how it ended, or is gone, or has to go."""
@@ -225,7 +266,7 @@ class Supervisor:
     def _hear(self, event: Event) -> None:
         self._recorder.add(event)
         if isinstance(event, Checkpoint):
-            self._checkpoints.add(event)
+            self._checkpoints.add(event)  # its folder was checked when the event came
 
     def _drain(self, otherwise: NoOutcome) -> Event | NoOutcome:
         """A process may be gone before its last lines were read."""

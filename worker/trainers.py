@@ -75,7 +75,7 @@ class DedicatedTrainer:
             self._process = subprocess.Popen(
                 command,
                 cwd=self._workspace.root,
-                env=self._environment(devices) | self._cell.environment(),
+                env={**self._environment(devices), **self._cell.environment()},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -106,6 +106,8 @@ def upload(
         path = (folder / file.name).resolve()
         if not path.is_relative_to(folder.resolve()):
             raise CorruptObject(f"'{file.name}' lies outside its folder")
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise CorruptObject(f"'{file.name}' is no file")
         persist(
             f"storing {file.name}",
             lambda path=path, file=file: storage.put_verified(f"{key}/{file.name}", path, file.sha256),

@@ -116,6 +116,11 @@ class Workspace:
                 os.chown(each, -1, uid)
                 each.chmod(0o750 if each.is_dir() else 0o640)
 
+    def holds(self, path: str) -> bool:
+        """Whether a folder that the trainer named is in its own workspace, wherever its links lead."""
+        found, root = Path(path).resolve(), self.root.resolve()
+        return found != root and found.is_relative_to(root)
+
     def owner(self) -> int | None:
         """The uid that it was given to; None if it is still ours, or gone."""
         try:

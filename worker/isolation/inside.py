@@ -71,7 +71,10 @@ def _cuda() -> str | None:
     except OSError as error:
         return str(error)
     count, context, memory = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
-    steps = [("cuInit", lambda: driver.cuInit(0)), ("cuDeviceGetCount", lambda: driver.cuDeviceGetCount(count))]
+    steps = [
+        ("cuInit", lambda: driver.cuInit(0)),
+        ("cuDeviceGetCount", lambda: driver.cuDeviceGetCount(ctypes.byref(count))),
+    ]
     for name, step in steps:
         if code := step():
             return f"{name} says {code}"
