@@ -6,6 +6,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import psycopg
 import pytest
 
 from tests.servers import temporary_home
-from tunery import bootstrap
+from tunery import bootstrap, node_logins
 from tunery.db_commands import read_env
 from tunery.embedded import binaries, ports
 from tunery.embedded.servers import External, Servers
@@ -89,6 +90,26 @@ def test_a_server_is_prepared_and_repeating_changes_nothing(admin: str, file: Pa
     assert file.read_text() == first
     assert db("upgrade", file).stderr.startswith("the schema is at ")
     assert "(the newest)" in db("status", file).stdout
+    _a_node_gets_a_login(values["TUNERY_MIGRATE_DATABASE_URL"])
+
+
+def _a_node_gets_a_login(url: str) -> None:
+    """Whoever prepared the server, superuser or not: a login that a node may use, and that ends."""
+    node = uuid.uuid4()
+    login = node_logins.login_of(node)
+    with psycopg.connect(url, autocommit=True) as owner:
+        owner.execute("SET ROLE tunery_owner")
+        verifier = owner.pgconn.encrypt_password(b"secret", login.encode(), b"scram-sha-256").decode()
+        if owner.info.server_version < bootstrap.OLDEST_TO_JOIN * 10000:
+            with pytest.raises(psycopg.errors.FeatureNotSupported):
+                owner.execute("SELECT create_node_login(%s, %s)", [node, verifier])
+            return
+        owner.execute("SELECT create_node_login(%s, %s)", [node, verifier])
+        with psycopg.connect(bootstrap.url_for(url, login, "secret")) as connection:
+            assert connection.execute("SELECT app_node()").fetchone() == (node,)
+        owner.execute("SELECT close_node_login(%s)", [node])
+        owner.execute("SELECT drop_node_login(%s)", [node])
+        assert owner.execute("SELECT FROM pg_roles WHERE rolname = %s", [login]).fetchone() is None
 
 
 def test_password_comes_by_variable_or_terminal_and_a_warning_if_by_argument(admin_url: str, file: Path) -> None:

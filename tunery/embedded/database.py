@@ -1,5 +1,6 @@
 """Roles, schema and first key of the deployment's database, with a short way when nothing has changed."""
 
+import contextlib
 import hashlib
 from urllib.parse import urlsplit
 
@@ -23,7 +24,7 @@ def prepare(home: Home, servers: Servers) -> dict[str, str]:
     urls = {role: bootstrap.url_for(admin_url, role, passwords[role], database) for role in bootstrap.LOGIN_ROLES}
     if _is_current(home, servers, urls["tunery_migrate"]):
         return urls
-    if servers.postgres or not all(map(_opens, urls.values())) or not bootstrap.is_prepared(urls["tunery_migrate"]):
+    if servers.postgres or not all(map(_opens, urls.values())):
         # On a server of the user's the URL has to be an admin's only until our roles can log in.
         try:
             bootstrap.create_roles(admin_url, passwords, database)
@@ -35,6 +36,10 @@ def prepare(home: Home, servers: Servers) -> dict[str, str]:
                 "or the variables that `tunery db init` made",
                 reference="docs/deploy.md",
             ) from error
+    elif not bootstrap.is_prepared(urls["tunery_migrate"]):
+        # An older release made these roles. Without an admin everything works but nodes that join, and that says so.
+        with contextlib.suppress(bootstrap.Unsuitable):
+            bootstrap.create_roles(admin_url, passwords, database)
     _migrate(urls["tunery_migrate"])
     pepper = secrets.made("key_pepper")
     if key := bootstrap.first_run(urls["tunery_migrate"], pepper, secrets.get("admin_key")):
