@@ -66,7 +66,7 @@ class Stand:
     def clone(self) -> Path:
         return self.folder / "home" / "tunery"
 
-    def run(self, step: str, *command: str, fails: tuple[int, ...] = (0,)) -> str:
+    def run(self, step: str, *command: str) -> str:
         """stdout of a command in the clone. Everything else goes to the log."""
         began = time.monotonic()
         with self.log.open("a") as log:
@@ -85,7 +85,7 @@ class Stand:
             )
             log.write(done.stdout)
         self.seconds[step] = self.seconds.get(step, 0) + time.monotonic() - began
-        if done.returncode not in fails:
+        if done.returncode:
             raise Failed(f"{shlex.join(command)} ended with {done.returncode}; read {self.log}")
         return done.stdout
 
@@ -135,21 +135,23 @@ def _one(way: str, options: argparse.Namespace) -> tuple[str, str, dict[str, flo
             _use(stand, demo=options.demo)
     except (Failed, subprocess.TimeoutExpired) as error:
         _say(f"{way}: {error}")
-        return way, str(error), stand.seconds
+        return way, "FAILED: " + list(stand.seconds)[-1], stand.seconds
     shutil.rmtree(folder)
     return way, "ok", stand.seconds
 
 
 def _use(stand: Stand, *, demo: bool) -> None:
-    if demo:
-        stand.run("job", "make", "demo")
-    else:
-        stand.tunery("doctor", "doctor")
-        stand.tunery("up", "up", "-d", "--port", str(_free_port()))
-        _small_job(stand)
-    services = json.loads(stand.tunery("status", "status", "--json"))["services"]
-    _check(services, by_url=stand.way == "by-url")
-    stand.tunery("down", "down", "--purge", "--yes")
+    stand.tunery("doctor", "doctor")
+    try:
+        if demo:
+            stand.run("demo", "make", "demo")
+        else:
+            stand.tunery("up", "up", "-d", "--port", str(_free_port()))
+            _small_job(stand)
+        services = json.loads(stand.tunery("status", "status", "--json"))["services"]
+        _check(services, by_url=stand.way == "by-url")
+    finally:  # a failed one leaves its folder to be read, and nothing that runs
+        stand.tunery("down", "down", "--purge", "--yes")
 
 
 def _small_job(stand: Stand) -> None:
@@ -159,7 +161,7 @@ def _small_job(stand: Stand) -> None:
     stand.tunery("job", "models", "import", f"path:{base}", "--name", "tiny")
     stand.tunery(
         "job", "jobs", "create", "-m", "tiny", "-t", str(rows / "train.jsonl"), "--suffix", "stand",
-        "--max-steps", "10", "--max-length", "64", "--watch",
+        "--max-steps", "10", "--watch",
     )  # fmt: skip
     stand.tunery("job", "adapters", "download", "stand", "-o", str(stand.folder / "home" / "stand"))
 
@@ -211,7 +213,7 @@ def _nothing() -> Iterator[None]:
 def _make_home(stand: Stand, *, closed: bool) -> None:
     home = stand.folder / "home"
     home.mkdir()
-    stand.log.touch()
+    stand.log.touch(mode=0o600)
     if stand.user:
         os.chown(home, stand.user.pw_uid, stand.user.pw_gid)
     home.chmod(0o700 if closed else 0o755)

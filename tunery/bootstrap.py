@@ -31,7 +31,6 @@ OLDEST_TO_JOIN = 16
 """Before 16 whoever is a member of a role may become it, and change its password."""
 ORGANIZATION, PROJECT, KEY = "local", "default", "admin"
 _LOCK = 7_206_542
-_CONNECT_TIMEOUT_S = 5
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -195,7 +194,7 @@ def _admin(url: str) -> Iterator[psycopg.Connection]:
             ) from error
 
 
-def connect(url: str) -> psycopg.Connection:
+def connect(url: str, timeout_s: int = 5) -> psycopg.Connection:
     """To the URL's database, or to `postgres` where that one is still to be made.
 
     Raises:
@@ -205,13 +204,11 @@ def connect(url: str) -> psycopg.Connection:
     try:
         urlsplit(url).port  # noqa: B018 - a ValueError here says more than libpq would
         try:
-            return psycopg.connect(url_for(url), autocommit=True, connect_timeout=_CONNECT_TIMEOUT_S)
+            return psycopg.connect(url_for(url), autocommit=True, connect_timeout=timeout_s)
         except psycopg.OperationalError as error:
             if "does not exist" not in str(error) or "role" in str(error):
                 raise
-            return psycopg.connect(
-                url_for(url, database="postgres"), autocommit=True, connect_timeout=_CONNECT_TIMEOUT_S
-            )
+            return psycopg.connect(url_for(url, database="postgres"), autocommit=True, connect_timeout=timeout_s)
     except (psycopg.OperationalError, psycopg.ProgrammingError, ValueError) as error:
         raise _explained(url, error) from error
 

@@ -1,19 +1,20 @@
 """What this machine offers and lacks, in about a second. A red line stops `tunery up` and says what to do."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from tunery.embedded import binaries, ports
+from tunery.embedded import binaries, given, ports
+from tunery.embedded.checks import Check, Level
 from tunery.embedded.home import CHECKOUT, Home
 from tunery.embedded.problems import Refused
 from tunery.embedded.servers import External
@@ -22,24 +23,10 @@ GIB = 1024**3
 _LEAST_FREE_BYTES, _COMFORTABLE_BYTES = 1 * GIB, 10 * GIB
 _PROBE_S = 60
 _OLDEST_GLIBC = (2, 28)
+_OLDEST_PYTHON = (3, 11)
+_LEAST_OPEN_FILES = 1024
+_NO_GPU = "none seen; jobs train on the CPU, which only suits the demo model"
 PROGRAMS = ("api", "scheduler", "worker")
-
-
-class Level(StrEnum):
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    level: Level
-    detail: str
-    fix: str | None = None
-
-    def as_json(self) -> dict[str, str | None]:
-        return asdict(self)
 
 
 def examine(home: Home, external: External, api_port: int, root: Path = CHECKOUT) -> list[Check]:
@@ -48,12 +35,17 @@ def examine(home: Home, external: External, api_port: int, root: Path = CHECKOUT
     return [
         _platform(),
         *_servers(external),
+        *given.examine(home, external),
         _programs(root),
         _user(home),
         _disk(home),
+        _temporary(),
         _memory(),
+        _open_files(),
         _port(home, api_port),
-        _gpu(),
+        gpu := _gpu(),
+        _torch(gpu),
+        *_shared_memory(gpu),
         _isolation(probe),
     ]
 
@@ -73,6 +65,8 @@ def _platform() -> Check:
     said = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     if sys.platform not in ("linux", "darwin"):
         return Check("platform", Level.FAIL, f"{said} is not supported", "use Linux, macOS or WSL 2")
+    if sys.version_info < _OLDEST_PYTHON:
+        return Check("platform", Level.FAIL, f"{said} is too old", "Python 3.11 or later: make PYTHON=python3.12 setup")
     name, version = platform.libc_ver()
     if name == "glibc" and tuple(map(int, version.split(".")[:2])) < _OLDEST_GLIBC:
         return Check("platform", Level.WARN, f"{said}, glibc {version}: the wheels of the servers want 2.28")
@@ -80,11 +74,9 @@ def _platform() -> Check:
 
 
 def _servers(external: External) -> Iterator[Check]:
+    """Those that would be started here."""
     urls = {"postgres": external.database_url, "valkey": external.redis_url, "s3": external.s3_endpoint_url}
-    for name, url in urls.items():
-        if url:
-            yield Check(name, Level.OK, f"yours, at {urlsplit(url).hostname}")
-            continue
+    for name in (name for name, url in urls.items() if not url):
         try:
             yield Check(name, Level.OK, binaries.find(name).origin)
         except Refused as refused:
@@ -119,11 +111,43 @@ def _disk(home: Home) -> Check:
     return Check("disk", Level.OK if free > _COMFORTABLE_BYTES else Level.WARN, detail)
 
 
+def _temporary() -> Check:
+    """Uploads pass through it, and so do long socket paths."""
+    folder = Path(tempfile.gettempdir())
+    free = shutil.disk_usage(folder).free
+    detail = f"{free / GIB:.1f} GiB free in {folder}"
+    if free < GIB:
+        return Check("temporary", Level.WARN, f"{detail}: a large upload may not fit", "free some, or set TMPDIR")
+    return Check("temporary", Level.OK, detail)
+
+
 def _memory() -> Check:
+    """A container's limit counts, not its host's memory."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Check(
-        "memory", Level.OK if total > 3 * GIB else Level.WARN, f"{total / GIB:.1f} GiB, {os.cpu_count()} cores"
-    )
+    limit = _cgroup_memory()
+    detail = f"{min(total, limit or total) / GIB:.1f} GiB, {os.cpu_count()} cores"
+    if limit and limit < total:
+        detail += f" (a cgroup's limit; the machine has {total / GIB:.1f} GiB)"
+    if min(total, limit or total) > 3 * GIB:
+        return Check("memory", Level.OK, detail)
+    return Check("memory", Level.WARN, detail, "the demo needs 3 GiB; raise the container's limit, or use a larger one")
+
+
+def _cgroup_memory() -> int | None:
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            return int(Path(path).read_text())
+    return None
+
+
+def _open_files() -> Check:
+    """SeaweedFS and the api hold a descriptor for each volume and connection."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = soft == resource.RLIM_INFINITY
+    detail = "no limit" if unlimited else f"{soft} at a time"
+    if unlimited or soft >= _LEAST_OPEN_FILES:
+        return Check("open files", Level.OK, detail)
+    return Check("open files", Level.WARN, detail, "ulimit -n 65536, in the shell that runs tunery up")
 
 
 def _port(home: Home, api_port: int) -> Check:
@@ -136,7 +160,32 @@ def _port(home: Home, api_port: int) -> Check:
 def _gpu() -> Check:
     if found := _quietly(_nvml):
         return Check("gpu", Level.OK, found)
-    return Check("gpu", Level.OK, "none seen; jobs train on the CPU, which only suits the demo model")
+    return Check("gpu", Level.OK, _NO_GPU)
+
+
+def _torch(gpu: Check) -> Check:
+    """Whether trainers can run at all, and on the GPU where there is one. Asked without importing: that takes 10 s."""
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        fix = "make setup; or pip install 'tunery[node,trainer]' into this environment"
+        return Check("torch", Level.WARN, "not installed: every job would fail on this machine's node", fix)
+    if version.endswith("+cpu") and gpu.detail != _NO_GPU:
+        fix = "install torch's CUDA build: make clean setup, with no CPU build in pip's find-links; or TORCH=host"
+        return Check("torch", Level.WARN, f"{version} cannot use the GPU", fix)
+    return Check("torch", Level.OK, version)
+
+
+def _shared_memory(gpu: Check) -> Iterator[Check]:
+    """NCCL and data loaders need it; a container's usual 64 MB end in a bus error."""
+    if gpu.detail == _NO_GPU or not Path("/dev/shm").exists():  # noqa: S108 - looked at, not written to
+        return
+    size = shutil.disk_usage("/dev/shm").total  # noqa: S108
+    detail = f"{size / GIB:.2f} GiB in /dev/shm"
+    if size < GIB:
+        yield Check("shared memory", Level.WARN, detail, "docker run --shm-size=2g, or remount it larger")
+    else:
+        yield Check("shared memory", Level.OK, detail)
 
 
 def _nvml() -> str | None:

@@ -116,23 +116,33 @@ def identities(root: Key, node: Key, tidy: Key) -> dict[str, object]:
 
 def bucket_ready(endpoint_url: str, root: Key) -> bool:
     """Ready is: the bucket is there. A first start makes it."""
-    status = _signed("HEAD", endpoint_url, root)
-    if status == 404:
-        return _signed("PUT", endpoint_url, root) == 200
+    try:
+        status, _ = signed("HEAD", endpoint_url, root)
+        if status == 404:
+            status, _ = signed("PUT", endpoint_url, root)
+    except OSError:
+        return False
     return status == 200
 
 
-def _signed(method: str, endpoint_url: str, key: Key) -> int | None:
-    """A signed request for the bucket; boto3 itself would cost as long to import as the server takes to start."""
-    request = AWSRequest(method=method, url=f"{endpoint_url}/{BUCKET}", data=b"")
-    SigV4Auth(Credentials(*key), "s3", REGION).add_auth(request)
-    place = urlsplit(endpoint_url)
-    connection = http.client.HTTPConnection(place.hostname or ports.HOST, place.port, timeout=5)
+def signed(
+    method: str, endpoint_url: str, key: Key, bucket: str = BUCKET, region: str = REGION, timeout_s: float = 5
+) -> tuple[int, str | None]:
+    """Status and date of the answer to a request for the bucket. OSError when there is none.
+
+    boto3 itself would cost as long to import as the server takes to start.
+    """
+    place = urlsplit(f"{endpoint_url.rstrip('/')}/{bucket}")
+    request = AWSRequest(method=method, url=place.geturl(), data=b"")
+    SigV4Auth(Credentials(*key), "s3", region).add_auth(request)
+    kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
+    connection = kind(place.hostname or ports.HOST, place.port, timeout=timeout_s)
     try:
-        connection.request(method, f"/{BUCKET}", headers=dict(request.headers.items()))
-        return connection.getresponse().status
-    except (OSError, http.client.HTTPException):
-        return None
+        connection.request(method, place.path, headers=dict(request.headers.items()))
+        answer = connection.getresponse()
+        return answer.status, answer.headers["date"]
+    except http.client.HTTPException as error:
+        raise OSError(f"not an HTTP answer: {error!r}") from error
     finally:
         connection.close()
 
