@@ -25,6 +25,7 @@ _PROBE_S = 60
 _OLDEST_GLIBC = (2, 28)
 _OLDEST_PYTHON = (3, 11)
 _LEAST_OPEN_FILES = 1024
+_CGROUP_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _NO_GPU = "none seen; jobs train on the CPU, which only suits the demo model"
 PROGRAMS = ("api", "scheduler", "worker")
 
@@ -134,7 +135,7 @@ def _memory() -> Check:
 
 
 def _cgroup_memory() -> int | None:
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for path in _CGROUP_FILES:
         with contextlib.suppress(OSError, ValueError):
             return int(Path(path).read_text())
     return None
