@@ -125,9 +125,9 @@ def test_each_program_has_its_own_role_and_nothing_of_the_others(deployment: Dep
         assert environments[name]["TUNERY_DATABASE_URL"].startswith(f"postgresql://{role}:")
     assert "TUNERY_KEY_PEPPER" in environments["api"]
     assert "TUNERY_KEY_PEPPER" not in environments["scheduler"].keys() | environments["worker"].keys()
-    assert "TUNERY_S3_ACCESS_KEY_ID" not in environments["scheduler"]
     secrets = deployment.home.secrets()
     assert environments["api"]["TUNERY_S3_ACCESS_KEY_ID"] == secrets.get("s3_root_id")
+    assert environments["scheduler"]["TUNERY_S3_ACCESS_KEY_ID"] == secrets.get("s3_tidy_id")
     assert environments["worker"]["TUNERY_S3_ACCESS_KEY_ID"] == secrets.get("s3_node_id")
     assert environments["worker"]["TUNERY_HOME"] == str(deployment.home.node)
     superuser = secrets.get("postgres_superuser")
