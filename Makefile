@@ -31,7 +31,7 @@ check: setup  ## ruff, types, import rules, models against migrations, Dockerfil
 	@.venv/bin/lint-imports --no-cache
 	@$(VENV_PYTHON) scripts/alembic_check.py
 	@.venv/bin/hadolint Dockerfile.api Dockerfile.worker
-	@.venv/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
+	@.venv/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml deploy/compose.isolation.yml
 
 stand:  ## set up and use a fresh clone in four ways: as root, in a closed home, as a user, on servers by URL
 	@$(or $(PYTHON_FOR_SETUP),python3) scripts/stand.py

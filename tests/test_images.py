@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests import images
 from tests.images import ROOT, Image
@@ -97,6 +98,16 @@ def test_service_is_hardened(name: str) -> None:
         assert users == ["10001:10001"] and "user" not in service
     else:
         assert int(service["user"].split(":")[0]) > 0
+
+
+def test_walls_for_trainers_are_asked_for_and_then_required() -> None:
+    """The one place with capabilities is a file that nobody includes by accident."""
+    walls = yaml.safe_load((ROOT / "deploy/compose.isolation.yml").read_text())["services"]
+    assert walls.keys() == {"worker", "worker-cpu"} <= SERVICES.keys()
+    for name, service in walls.items():
+        assert service["environment"]["TUNERY_TRAINER_ISOLATION"] == "require"
+        given = {key.removeprefix("TUNERY_").lower() for key in service["environment"]}
+        assert given <= SETTINGS[name].model_fields.keys()
 
 
 def test_only_the_api_is_published_and_only_on_loopback() -> None:
