@@ -102,6 +102,7 @@ class Node:
         for attempt_id in unreleased:
             self._free(attempt_id)
         self._look_again(dirty)
+        self._clear_away({str(one.attempt_id) for one in mine} | {str(one) for one in unreleased})
         self._take_tasks()
 
     def _look_after(self, attempt: Assigned) -> None:
@@ -199,13 +200,17 @@ class Node:
                 log.warning("cannot register yet", error=str(error.orig).strip()[:200])
                 self._wait(1)
 
-    def _clean_up(self, mine: set[str]) -> None:
-        """What an earlier life left on this disk. Attempts that are still ours are looked after by the poll."""
+    def _clear_away(self, mine: set[str]) -> None:
+        """Workspaces of attempts that are over and whose supervisors died before they could clean up."""
         for folder in [path for path in self._attempts.iterdir() if path.is_dir()]:
             if folder.name in mine or locks.is_taken(self._lock(folder.name)):
                 continue
             if self._end_all(folder.name):
                 self._clear(folder.name)
+
+    def _clean_up(self, mine: set[str]) -> None:
+        """What an earlier life left on this disk. Attempts that are still ours are looked after by the poll."""
+        self._clear_away(mine)
         store = self._settings.model_store or self._settings.home / "models"
         for left in (*self._settings.home.glob("rows-*"), *store.glob("*.import-*")):
             shutil.rmtree(left, ignore_errors=True)

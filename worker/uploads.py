@@ -72,6 +72,9 @@ class CheckpointUploads:
                 log.warning("checkpoint given up", step=said.step, error=str(error)[:200])
                 shutil.rmtree(said.path, ignore_errors=True)
                 self._on_stored(said.step)  # not stored, but gone: the trainer may make the next one
+            except Exception:
+                log.exception("checkpoint given up", step=said.step)
+                self._on_stored(said.step)
 
     def _store(self, said: Checkpoint) -> None:
         folder, key = Path(said.path), f"{prefix(self._work)}/checkpoints/step-{said.step}"

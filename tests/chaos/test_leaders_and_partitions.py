@@ -11,17 +11,12 @@ from sqlalchemy import select
 
 from tests.chaos.faults import blackhole, hold
 from tests.chaos.proxy import Proxy
+from tests.chaos.support import failing
 from tests.fleet import Fleet, Via, fleet
 from tunery.embedded.servers import Servers
 from tunery.models import Allocation, Attempt, Leader
 
 pytestmark = pytest.mark.chaos
-
-
-def failing(at: str, latch: Path | None = None) -> dict[str, str]:
-    """Settings of a program that meets a failpoint."""
-    once = {"FAILPOINT_DIR": str(latch)} if latch else {}
-    return {"FAILPOINT": at, "FAILPOINTS_ALLOWED": "1"} | once
 
 
 def test_a_leader_killed_while_it_assigns_leaves_all_or_nothing(succeeds: Callable[..., None]) -> None:
