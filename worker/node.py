@@ -202,7 +202,7 @@ class Node:
 
     def _clear_away(self, mine: set[str]) -> None:
         """Workspaces of attempts that are over and whose supervisors died before they could clean up."""
-        for folder in [path for path in self._attempts.iterdir() if path.is_dir()]:
+        for folder in [path for path in self._attempts.iterdir() if path.is_dir() and path.name[0] != "."]:
             if folder.name in mine or locks.is_taken(self._lock(folder.name)):
                 continue
             if self._end_all(folder.name):
@@ -212,7 +212,8 @@ class Node:
         """What an earlier life left on this disk. Attempts that are still ours are looked after by the poll."""
         self._clear_away(mine)
         store = self._settings.model_store or self._settings.home / "models"
-        for left in (*self._settings.home.glob("rows-*"), *store.glob("*.import-*")):
+        rows, probes = self._settings.home.glob("rows-*"), self._attempts.glob(".probe-*")
+        for left in (*rows, *probes, *store.glob("*.import-*")):
             shutil.rmtree(left, ignore_errors=True)
         for old in self._attempts.glob("*.log"):
             if time.time() - old.stat().st_mtime > _KEEP_LOGS_S:
