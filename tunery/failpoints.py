@@ -30,6 +30,7 @@ POINTS = frozenset(
         "attempt.claimed",  # supervisor: behind the claim
         "events.written",  # supervisor: inside the transaction that stores a batch of events
         "checkpoint.uploaded",  # supervisor: the objects are stored, the row is not
+        "checkpoint.recorded",  # supervisor: a checkpoint is to be resumed from, and the trainer does not know
         "result.uploaded",  # supervisor: the adapter is stored, not published
         "result.published",  # supervisor: published, and nothing cleaned up
         "task.checked",  # node: rows are checked and stored, and not recorded

@@ -40,6 +40,16 @@ class Recorder:
                 self._make_room()
             self._waiting.append(event)
 
+    def write_through(self, seq: int) -> None:
+        """Store every event up to `seq` now. Raises Fenced, and DBAPIError while the database is away."""
+        while self._waiting and self._waiting[0].seq <= seq:
+            try:
+                self._flush()
+            except DBAPIError as error:
+                if passing(error):
+                    raise
+                self._salvage()
+
     def finish(self, grace_s: float) -> None:
         """Write what is left. Raises Fenced or OutageTooLong."""
         self._over.set()

@@ -99,7 +99,12 @@ class Supervisor:
         )
         self._recorder = Recorder(work, sessions)
         self._checkpoints = CheckpointUploads(
-            work, storage, sessions, settings, lambda step: self._tell(Stored(step=step))
+            work,
+            storage,
+            sessions,
+            settings,
+            write_through=self._recorder.write_through,
+            on_stored=lambda step: self._tell(Stored(step=step)),
         )
         self._logs = LogUploads(work, workspace, storage, sessions, settings)
         self._connection: socket.socket | None = None

@@ -35,10 +35,17 @@ class CheckpointUploads:
     """One at a time, in order. A stored checkpoint is announced, then removed from the disk."""
 
     def __init__(
-        self, work: Work, storage: Storage, sessions: Sessions, settings: NodeSettings, on_stored: Callable[[int], None]
+        self,
+        work: Work,
+        storage: Storage,
+        sessions: Sessions,
+        settings: NodeSettings,
+        *,
+        write_through: Callable[[int], None],
+        on_stored: Callable[[int], None],
     ) -> None:
         self._work, self._storage, self._sessions, self._settings = work, storage, sessions, settings
-        self._on_stored = on_stored
+        self._write_through, self._on_stored = write_through, on_stored
         self._waiting: queue.Queue[Checkpoint | None] = queue.Queue()
         self._abort = threading.Event()
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
@@ -83,10 +90,13 @@ class CheckpointUploads:
         failpoints.reach("checkpoint.uploaded")
 
         def record() -> None:
+            # whoever resumes from here repeats none of these steps: their losses must not die with us
+            self._write_through(said.seq)
             with transaction(self._sessions) as session:
                 progress.store_checkpoint(session, self._work.attempt_id, self._work.fence, said, key, said.files)
 
         persist("recording a checkpoint", record, math.inf, self._abort)
+        failpoints.reach("checkpoint.recorded")
         self._on_stored(said.step)
         shutil.rmtree(folder, ignore_errors=True)
 
