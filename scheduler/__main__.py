@@ -1,5 +1,6 @@
 """The scheduler's process: `python -m scheduler`."""
 
+import os
 import signal
 import socket
 import sys
@@ -28,7 +29,7 @@ def main() -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    holder = f"{socket.gethostname()}/{uuid.uuid4().hex[:8]}"
+    holder = f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
     doorbell = Doorbell(connect(settings.redis_url.get_secret_value()))
     structlog.get_logger().info("scheduler started", holder=holder)
     Scheduler(make_sessions(engine), doorbell, settings, holder, _storage()).run(stop)

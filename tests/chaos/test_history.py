@@ -1,0 +1,89 @@
+"""The checker itself: a true history passes, and every kind of false one is named."""
+
+import dataclasses
+import uuid
+from collections.abc import Callable
+
+import pytest
+
+from tests.chaos import witness
+from tests.chaos.history import Ended, History, Stored, Told, Try, Version, violations
+from tunery import ids
+
+JOB, FIRST, SECOND = uuid.uuid4(), uuid.uuid4(), uuid.uuid4()
+
+
+def true_history() -> History:
+    """One job of 20 steps: its first attempt dies after step 12, its second resumes at 10 and publishes."""
+    key = f"a/p/{SECOND}/output/adapter_model.safetensors"
+    checkpoint = f"a/p/{FIRST}/checkpoints/step-10/step"
+    return History(
+        told=[Told(ids.encode(ids.JOB, JOB), ["validating_files", "queued", "running", "succeeded"])],
+        jobs={JOB: Ended(JOB, "succeeded", "", 20, (1, 2, 3), 1)},
+        tries=[
+            Try(FIRST, JOB, 1, 7, "failed", 0, "trainer_crashed", tuple(range(1, 13)), witness.STARTED),
+            Try(SECOND, JOB, 2, 9, "succeeded", 10, "", tuple(range(11, 21)), witness.STARTED),
+        ],
+        versions=[Version(JOB, SECOND, {key: "5ha"})],
+        checkpoints=[Stored(JOB, 10, frozenset({checkpoint}))],
+        objects={key: "5ha", checkpoint: None},
+        held=[],
+        processes={},
+        logs={"api.log": '{"event": "ready"}'},
+    )
+
+
+def test_a_true_history_passes():
+    assert violations(true_history()) == []
+
+
+def second(history: History, **changes: object) -> None:
+    history.tries[1] = dataclasses.replace(history.tries[1], **changes)
+
+
+def job(history: History, **changes: object) -> None:
+    history.jobs[JOB] = dataclasses.replace(history.jobs[JOB], **changes)
+
+
+FALSE: dict[str, Callable[[History], object]] = {
+    "has not ended": lambda h: job(h, state="running"),
+    "nobody cancelled it": lambda h: (job(h, state="failed"), h.versions.clear()),
+    "was accepted and is not there": lambda h: h.told.append(Told(ids.encode(ids.JOB, uuid.uuid4()))),
+    "do not rise": lambda h: second(h, fence=7),
+    "not numbered from 1": lambda h: second(h, no=3),
+    "never ended": lambda h: second(h, state="publishing"),
+    "with bad rows": lambda h: setattr(h.told[0], "bad", True),
+    "has 2 versions": lambda h: h.versions.append(h.versions[0]),
+    "has 0 versions": lambda h: h.versions.clear(),
+    "did not succeed": lambda h: second(h, state="lost"),
+    "is missing": lambda h: h.objects.pop(next(iter(h.versions[0].files))),
+    "is damaged": lambda h: h.objects.update(dict.fromkeys(h.versions[0].files, "other")),
+    "lacks": lambda h: h.objects.pop(next(iter(h.checkpoints[0].keys))),
+    "not behind": lambda h: second(h, start_step=0),
+    "was never stored": lambda h: h.checkpoints.clear(),
+    "have no loss": lambda h: second(h, steps=tuple(step for step in range(11, 21) if step != 15)),
+    "gaps or repeats": lambda h: job(h, event_seqs=(1, 3)),
+    "2 terminal events": lambda h: job(h, terminal_events=2),
+    "changed after its end": lambda h: h.told[0].statuses.append("running"),
+    "another trainer on its device": lambda h: second(h, log=witness.VIOLATION),
+    "is still held": lambda h: h.held.append("slot 1 is still held"),
+    "are still there": lambda h: h.processes.update({str(SECOND): [17]}),
+    "holds a secret": lambda h: h.logs.update({"node.log": "postgresql://tunery_worker:hunter2@localhost/tunery"}),
+}
+
+
+@pytest.mark.parametrize("sentence", FALSE)
+def test_a_false_history_is_named(sentence):
+    history = true_history()
+    FALSE[sentence](history)
+    assert any(sentence in each for each in violations(history)), violations(history)
+
+
+def test_a_cancelled_job_need_not_succeed():
+    history = true_history()
+    job(history, state="cancelled")
+    second(history, state="cancelled")
+    history.versions.clear()
+    history.told[0].statuses[-1] = "cancelled"
+    history.told[0].cancelled = True
+    assert violations(history) == []

@@ -1,0 +1,6 @@
+"""Tunery's own trainer under the device's witness."""
+
+from tests.chaos import witness
+
+if __name__ == "__main__":
+    witness.run("trainer")
