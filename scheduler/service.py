@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from scheduler.policy import schedule
 from scheduler.tidy import Tidy
-from tunery import catalogue, failpoints, jobs, leases, membership, outbox, queue, tasks
+from tunery import catalogue, failpoints, jobs, leases, membership, outbox, queue, tasks, wake
 from tunery.db import Sessions, transaction
 from tunery.dispatch import Doorbell
 from tunery.errors import Unavailable
@@ -27,6 +27,7 @@ from tunery.storage import Storage
 
 log = structlog.get_logger(__name__)
 
+_LEAST_PAUSE_S = 0.05
 GAP_S = 15.0
 """No sweep for so long means that nobody could have renewed against a working control plane."""
 
@@ -49,6 +50,7 @@ class Scheduler:
         self._tidy = Tidy(sessions, storage, settings) if storage else None
         self._epoch: int | None = None
         self._stop = threading.Event()
+        self._woken = {"decide": threading.Event(), "relay": threading.Event()}
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set, then let the next leader start at once."""
@@ -67,7 +69,9 @@ class Scheduler:
         threads = [threading.Thread(target=self._loop, args=loop, name=loop[0], daemon=True) for loop in loops]
         for thread in threads:
             thread.start()
+        threading.Thread(target=self._listen, name="listen", daemon=True).start()
         stop.wait()
+        self._wake()
         for thread in threads:
             thread.join(timeout=5)
         try:
@@ -93,7 +97,21 @@ class Scheduler:
             except Exception:  # a loop that dies silently is worse than one that complains
                 log.exception("loop failed; trying again", loop=name)
                 self._stop.wait(1)
-            self._stop.wait(every_s)
+            self._rest(name, every_s)
+
+    def _rest(self, name: str, every_s: float) -> None:
+        """Until the next pass is due, or something has happened; a flood of news makes no flood of passes."""
+        self._stop.wait(min(every_s, _LEAST_PAUSE_S))
+        woken = self._woken.get(name, self._stop)
+        if woken.wait(every_s) and not self._stop.is_set():
+            woken.clear()
+
+    def _listen(self) -> None:
+        wake.listen(self._sessions.kw["bind"], self._wake, self._stop)
+
+    def _wake(self) -> None:
+        for woken in self._woken.values():
+            woken.set()
 
     def lead(self) -> None:
         """Become or stay the leader."""
@@ -101,6 +119,7 @@ class Scheduler:
             epoch = queue.lead(session, self._holder, self._settings.leader_ttl_s)
         if epoch != self._epoch:
             log.info("leading" if epoch else "following", epoch=epoch)
+            self._wake()
         self._epoch = epoch
 
     def decide(self) -> int:

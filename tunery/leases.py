@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from tunery import events, ids, outbox
+from tunery import events, ids, outbox, wake
 from tunery.errors import Conflict, NotFound
 from tunery.events import Entry
 from tunery.models import RESUMABLE, Attempt, Checkpoint, Job
@@ -166,6 +166,7 @@ def fail(
 def release(session: Session, attempt_id: uuid.UUID) -> None:
     """Free the GPUs and the slot of an attempt, and write its usage. Repeating it changes nothing."""
     session.execute(text("SELECT release_attempt(:id)"), {"id": attempt_id})
+    wake.scheduler(session)
 
 
 # ---- by the scheduler and the node, about attempts whose holder is silent ------------------------------------
@@ -279,6 +280,8 @@ def _move_job(session: Session, job: Job, to: JobState) -> None:
     if to not in MOVES.get(JobState(job.state), frozenset()):
         raise RuntimeError(f"a job cannot become {to} from {job.state}")
     job.state = to
+    if to is JobState.QUEUED:
+        wake.scheduler(session)
     if to in TERMINAL:
         job.finished_at = func.now()
         job.wait_reason = None

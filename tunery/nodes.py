@@ -9,6 +9,7 @@ from sqlalchemy import case, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from tunery import wake
 from tunery.models import Allocation, Attempt, Engine, Gpu, Node, Slot
 from tunery.states import LIVE_ATTEMPT, AttemptState
 
@@ -65,6 +66,7 @@ def register(
         gone.state = "absent"
     have = set(session.scalars(select(Slot.no).where(Slot.node_id == node_id)))
     session.add_all(Slot(node_id=node_id, no=no) for no in range(slots) if no not in have)
+    wake.scheduler(session)
 
 
 def heartbeat(session: Session, node_id: uuid.UUID, boot_id: uuid.UUID) -> bool:

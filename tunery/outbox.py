@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
+from tunery import wake
 from tunery.models import Outbox
 
 RING_NODE = "ring_node"
@@ -20,6 +21,7 @@ JOB_ENDED = "job_ended"
 def send(session: Session, topic: str, project_id: uuid.UUID, payload: dict[str, Any]) -> None:
     """Add a message to this transaction."""
     session.add(Outbox(topic=topic, payload=payload, project_id=project_id))
+    wake.scheduler(session)
 
 
 def unsent(session: Session, limit: int = 100) -> list[Outbox]:

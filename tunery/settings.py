@@ -127,8 +127,8 @@ class Retention(_Settings):
 
 
 class SchedulerSettings(DatabaseSettings, RedisSettings, Clocks, Retention):
-    decide_s: float = 0.5
-    """Pause between two passes of the policy, and between two looks into the outbox."""
+    decide_s: float = 2
+    """Pause between two passes of the policy, and between two looks into the outbox, when nothing wakes them sooner."""
 
 
 class NodeSettings(DatabaseSettings, StorageSettings, Clocks):

@@ -33,6 +33,7 @@ from worker.isolation import limits
 from worker.isolation.host import Ways
 from worker.launch_guard import Driver, Nvml
 from worker.patience import passing
+from worker.standby import Standby
 from worker.workspace import Workspace
 
 log = structlog.get_logger(__name__)
@@ -69,6 +70,7 @@ class Node:
         self._pool = ThreadPoolExecutor(settings.cpu_task_slots, thread_name_prefix="task")
         self._busy = threading.Semaphore(settings.cpu_task_slots)
         self._bell, self._bell_path = _doorbell(settings.home)
+        self._standby = Standby(os.environ | {"TUNERY_NODE_ID": str(node_id)} | ways.environment())
         self._ring: subprocess.Popen[bytes] | None = None
         self._ring_after = 0.0
         self._stopping = False
@@ -80,6 +82,7 @@ class Node:
         log.info("node up", node=str(self._id), home=str(self._settings.home))
         while not self._stopping:
             self._keep_ring()
+            self._standby.keep()
             try:
                 self._poll()
             except DBAPIError as error:
@@ -117,17 +120,7 @@ class Node:
             self._bury(attempt.attempt_id)
 
     def _supervise(self, attempt_id: str) -> None:
-        with (self._attempts / f"{attempt_id}.log").open("ab") as out:
-            os.fchmod(out.fileno(), 0o600)
-            self._supervisors[attempt_id] = subprocess.Popen(
-                [sys.executable, "-m", "worker.supervisor", attempt_id],
-                env=os.environ | {"TUNERY_NODE_ID": str(self._id)} | self._ways.environment(),
-                cwd=Path(__file__).parent.parent,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,  # it outlives us
-            )
+        self._supervisors[attempt_id] = self._standby.supervise(attempt_id, self._attempts / f"{attempt_id}.log")
         log.info("supervisor started", attempt=attempt_id, pid=self._supervisors[attempt_id].pid)
 
     def _poke(self, attempt_id: str) -> None:
@@ -235,6 +228,7 @@ class Node:
 
     def _drain(self) -> None:
         """Every supervisor checkpoints and gives its job back to the queue; then we go."""
+        self._standby.close()
         with suppress(DBAPIError), transaction(self._sessions) as session:
             nodes.go_down(session, self._id)
         names = [path.stem for path in self._attempts.glob("*.lock") if locks.is_taken(path)]

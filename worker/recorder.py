@@ -15,7 +15,7 @@ from worker.workspace import Work
 
 log = structlog.get_logger(__name__)
 
-_EVERY_S = 0.5
+_EVERY_S = 1.0
 _BATCH = 1000
 _CAPACITY = 50_000
 """Events kept through an outage; above it metrics go first, oldest first."""

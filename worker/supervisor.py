@@ -139,6 +139,7 @@ class Supervisor:
             self._workspace.socket.chmod(0o600)
             listener.listen(1)
             self._trainer.start()
+            log.info("trainer started")
             threading.Thread(target=self._listen, args=(listener,), name="listener", daemon=True).start()
             for helper in (self._recorder, self._checkpoints, self._logs):
                 helper.start()

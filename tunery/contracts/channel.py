@@ -47,6 +47,11 @@ def send_line(connection: socket.socket, message: BaseModel) -> None:
     connection.sendall(message.model_dump_json().encode() + b"\n")
 
 
+def _elapsed() -> float:
+    """Seconds of a clock that nobody sets; where there is one, it also counts while the host is suspended."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 class EventWriter:
     """Numbers events and sends them from a thread of its own, so that a slow reader never delays a step.
 
@@ -58,6 +63,8 @@ class EventWriter:
         self._connection = connection
         self._capacity = capacity
         self._seq = 0
+        # steps are timed by these stamps, so a clock that is set meanwhile must not move them
+        self._began = time.time() - _elapsed()
         self._queue: deque[bytes] = deque()
         self._wake = threading.Condition()
         self._closed = False
@@ -71,7 +78,7 @@ class EventWriter:
                 self.dropped += 1
                 return
             self._seq += 1
-            numbered = event.model_copy(update={"seq": self._seq, "time": time.time()})
+            numbered = event.model_copy(update={"seq": self._seq, "time": self._began + _elapsed()})
             self._queue.append(numbered.model_dump_json().encode() + b"\n")
             self._wake.notify()
 
