@@ -1,26 +1,31 @@
-"""Puts a trainer behind walls, then becomes it: `python -I -S launcher.py PLAN`, PLAN being JSON (see `plan.py`).
+"""Puts a trainer behind walls, then becomes it: `python -I -S launcher.py PLAN`, PLAN being what `walls.py` made.
 
-It imports the standard library alone, so that it costs a few hundredths of a second, and it runs before anything a
-tenant has influence on. With namespaces of processes there are three processes: this one, which waits outside; the
-first process of the namespace, which reaps; and the trainer. Kill any of the three and the kernel ends all.
+It imports next to nothing, because every trainer waits for it: no pathlib, json, socket or signal, each of which costs
+more than all the walls. It runs before anything a tenant has influence on.
+
+With namespaces there are three processes: this one, which waits outside; the first process of the namespace, which
+reaps; and the trainer. Kill any of the three and the kernel ends all.
 
 Exit code: the trainer's own; 128 + N when signal N ended it; 70 when a wall could not be put up.
 """
 
+from __future__ import annotations
+
 import ctypes
 import fcntl
-import json
+import marshal
 import os
 import resource
 import select
-import signal
-import socket
 import struct
 import sys
-from pathlib import Path
-from typing import Any, NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 EXIT_OURS = 70
+_SIGKILL = 9
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _NEW_USER, _NEW_MOUNTS, _NEW_PROCESSES, _NEW_NETWORK, _NEW_IPC = 0x10000000, 0x20000, 0x20000000, 0x40000000, 0x8000000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
@@ -55,7 +60,7 @@ def main(plan: dict[str, Any]) -> NoReturn:
 
 def _follow(parent: int) -> None:
     """Die with `parent`, at once if it has gone already."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, _SIGKILL)
     if os.getppid() != parent:
         os._exit(EXIT_OURS)
 
@@ -88,9 +93,10 @@ def _unshare(plan: dict[str, Any]) -> None:
 
 def _loopback_up() -> None:
     """A fresh network namespace has one interface, down; processes of one trainer talk over it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        request = struct.pack("16sH14s", b"lo", 0x1 | 0x40, b"")  # IFF_UP | IFF_RUNNING
-        fcntl.ioctl(any_socket, 0x8914, request)  # SIOCSIFFLAGS
+    any_socket = _call("socket", _LIBC.socket(2, 2, 0))  # AF_INET, SOCK_DGRAM
+    request = struct.pack("16sH14s", b"lo", 0x1 | 0x40, b"")  # IFF_UP | IFF_RUNNING
+    fcntl.ioctl(any_socket, 0x8914, request)  # SIOCSIFFLAGS
+    os.close(any_socket)
 
 
 def _become_first_process() -> int:
@@ -100,7 +106,7 @@ def _become_first_process() -> int:
         os.close(read)
         _end_like(os.waitpid(child, 0)[1])
     os.close(write)
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, _SIGKILL)
     poll = select.poll()
     poll.register(read, select.POLLIN)
     if poll.poll(0):  # its only writer went before we had asked to go with it
@@ -137,20 +143,20 @@ def _see(plan: dict[str, Any]) -> None:
 
 def _see_closed(plan: dict[str, Any]) -> None:
     """A new root with nothing but what the plan names, at the paths it has outside."""
-    root = Path(plan["scratch"])
+    root = plan["scratch"]
     steps = _held(plan)
-    devices = [(Path(path), _hold(path)) for path in (*(f"/dev/{one}" for one in _DEVICES), *plan["devices"])]
+    devices = [(path, _hold(path)) for path in (*(f"/dev/{one}" for one in _DEVICES), *plan["devices"])]
     private = _hold(plan["scratch"])
-    _mount("tmpfs", str(root), "tmpfs", _MS_NOSUID, "mode=0755,size=16m")
+    _mount("tmpfs", root, "tmpfs", _MS_NOSUID, "mode=0755,size=16m")
     for each in ("proc", "dev", "tmp"):
-        (root / each).mkdir()
-    _bind(private, root, Path("/tmp"))  # noqa: S108 - the trainer's own, on the workspace's disk
+        os.mkdir(f"{root}/{each}")
+    _bind(private, root, "/tmp")  # noqa: S108 - the trainer's own, on the workspace's disk
     _take(steps, root)
     for link, target in plan["links"].items():
-        _make_parents(root, Path(link))
-        _under(root, link).symlink_to(target)
+        _make_parents(root, link)
+        os.symlink(target, root + link)
     _devices(root, devices)
-    _proc(root / "proc")
+    _proc(f"{root}/proc")
     _read_only(root, recursive=False)
     os.chdir(root)
     _call("pivot_root", _LIBC.syscall(_SYS_PIVOT_ROOT[os.uname().machine], b".", b"."))
@@ -161,39 +167,39 @@ def _see_closed(plan: dict[str, Any]) -> None:
 def _see_open(plan: dict[str, Any]) -> None:
     """Everything as outside but read-only, with the hidden folders empty and other processes unseen."""
     steps = _held(plan)
-    _read_only(Path("/"), recursive=True)
-    _take(steps, Path("/"))
-    _proc(Path("/proc"))
+    _read_only("/", recursive=True)
+    _take(steps, "")
+    _proc("/proc")
 
 
-def _held(plan: dict[str, Any]) -> list[tuple[str, Path, int]]:
+def _held(plan: dict[str, Any]) -> list[tuple[str, str, int]]:
     """What to mount, a folder before what lies in it, each opened before anything is mounted over it."""
-    found = [(kind, Path(path), _hold(path)) for kind, path in plan["steps"]]
+    found = [(kind, path, _hold(path)) for kind, path in plan["steps"]]
     return [(kind, path, descriptor) for kind, path, descriptor in found if descriptor is not None]
 
 
-def _take(steps: list[tuple[str, Path, int]], root: Path) -> None:
+def _take(steps: list[tuple[str, str, int]], root: str) -> None:
     for kind, path, descriptor in steps:
         if kind == "hide":
-            _hide(_under(root, path))
+            _hide(root + path)
         else:
             # what a workspace has mounted below it is our own new root: not to be had twice
             _bind(descriptor, root, path, recursive=kind == "read")
     for kind, path, _ in steps:
         if kind == "write":
-            _writable(_under(root, path))
+            _writable(root + path)
         else:
-            _read_only(_under(root, path), recursive=kind == "read")
+            _read_only(root + path, recursive=kind == "read")
     for kind, path, _ in steps:
         if kind == "write":  # it may lie in what was just closed
-            _writable(_under(root, path))
+            _writable(root + path)
 
 
-def _hide(path: Path) -> None:
-    if path.is_dir():
-        _mount("tmpfs", str(path), "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=1m")
+def _hide(path: str) -> None:
+    if os.path.isdir(path):
+        _mount("tmpfs", path, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=1m")
     else:
-        _mount("/dev/null", str(path), None, _MS_BIND)
+        _mount("/dev/null", path, None, _MS_BIND)
 
 
 def _hold(path: str) -> int | None:
@@ -204,42 +210,39 @@ def _hold(path: str) -> int | None:
         return None
 
 
-def _bind(descriptor: int | None, root: Path, path: Path, *, recursive: bool = False) -> None:
-    inside = _under(root, path)
+def _bind(descriptor: int | None, root: str, path: str, *, recursive: bool = False) -> None:
+    inside = root + path
     _make_parents(root, path)
-    if not inside.exists():
-        if Path(f"/proc/self/fd/{descriptor}").is_dir():
-            inside.mkdir()
+    if not os.path.exists(inside):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            os.mkdir(inside)
         else:
-            inside.touch()
-    _mount(f"/proc/self/fd/{descriptor}", str(inside), None, _MS_BIND | (_MS_REC if recursive else 0))
+            os.close(os.open(inside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+    _mount(f"/proc/self/fd/{descriptor}", inside, None, _MS_BIND | (_MS_REC if recursive else 0))
 
 
-def _devices(root: Path, held: list[tuple[Path, int | None]]) -> None:
+def _devices(root: str, held: list[tuple[str, int | None]]) -> None:
     for path, descriptor in held:
         if descriptor is not None:
             _bind(descriptor, root, path)
-    (root / "dev/shm").mkdir()
-    _mount("tmpfs", str(root / "dev/shm"), "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777")
+    shared = f"{root}/dev/shm"  # noqa: S108 - the trainer's own
+    os.mkdir(shared)
+    _mount("tmpfs", shared, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777")
     for name, target in {"fd": "fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}.items():
-        (root / "dev" / name).symlink_to(f"/proc/self/{target}")
+        os.symlink(f"/proc/self/{target}", f"{root}/dev/{name}")
 
 
-def _proc(where: Path) -> None:
-    _mount("proc", str(where), "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+def _proc(where: str) -> None:
+    _mount("proc", where, "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     for name in _PROC_READ_ONLY:
-        if (path := where / name).exists():
-            _mount(str(path), str(path), None, _MS_BIND | _MS_REC)
+        if os.path.exists(path := f"{where}/{name}"):
+            _mount(path, path, None, _MS_BIND | _MS_REC)
             _read_only(path, recursive=True)
 
 
-def _under(root: Path, path: str | Path) -> Path:
-    return root / Path(path).relative_to("/")
-
-
-def _make_parents(root: Path, path: Path) -> None:
+def _make_parents(root: str, path: str) -> None:
     """Folders on the way that anybody may walk through: a clone under a closed home is reachable here."""
-    _under(root, path).parent.mkdir(parents=True, exist_ok=True)
+    os.makedirs(os.path.dirname(root + path), exist_ok=True)
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
@@ -248,16 +251,16 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
     _call(f"mount {target}", _LIBC.mount(*words, ctypes.c_ulong(flags), given))
 
 
-def _read_only(path: Path, *, recursive: bool) -> None:
+def _read_only(path: str, *, recursive: bool) -> None:
     _set_attributes(path, struct.pack("QQQQ", _MS_RDONLY, 0, 0, 0), _AT_RECURSIVE if recursive else 0)
 
 
-def _writable(path: Path) -> None:
-    if path.exists():
+def _writable(path: str) -> None:
+    if os.path.exists(path):
         _set_attributes(path, struct.pack("QQQQ", _MS_NOSUID | _MS_NODEV, _MS_RDONLY, 0, 0), 0)
 
 
-def _set_attributes(path: Path, attributes: bytes, flags: int) -> None:
+def _set_attributes(path: str, attributes: bytes, flags: int) -> None:
     done = _LIBC.syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, os.fsencode(path), flags, attributes, len(attributes))
     _call(f"mount_setattr {path} (Linux 5.12 or later)", done)
 
@@ -309,7 +312,7 @@ def _write(path: str, text: str) -> None:
 
 if __name__ == "__main__":
     try:
-        main(json.loads(sys.argv[1]))
+        main(marshal.loads(bytes.fromhex(sys.argv[1])))  # noqa: S302 - ours, from the process that started us
     except Exception as error:  # noqa: BLE001 - the process edge; a trainer must not run with a wall missing
         sys.stderr.write(f"tunery isolation: {error}\n")
         sys.stderr.flush()

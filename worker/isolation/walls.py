@@ -1,6 +1,7 @@
 """A way to put walls around a trainer, and the command that starts a program behind them."""
 
 import json
+import marshal
 import os
 import platform
 import sys
@@ -100,7 +101,8 @@ def _below(path: str, folders: Sequence[str]) -> bool:
 
 
 def _launch(plan: dict[str, Any]) -> list[str]:
-    return [sys.executable, "-I", "-S", str(LAUNCHER), json.dumps(plan)]
+    # marshal needs no import in the launcher, whose imports cost more than its work; the interpreter is the same
+    return [sys.executable, "-I", "-S", str(LAUNCHER), marshal.dumps(plan).hex()]
 
 
 def _filter(way: Way) -> str | None:
