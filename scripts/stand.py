@@ -198,7 +198,6 @@ def _given_servers(stand: Stand) -> Iterator[None]:
             stand.more = {name: value.strip("'") for name, _, value in made}
             stand.more |= {"TUNERY_REDIS_URL": redis, "TUNERY_S3_ENDPOINT_URL": s3}
             stand.more |= {"TUNERY_S3_ACCESS_KEY_ID": key_id, "TUNERY_S3_SECRET_ACCESS_KEY": secret}
-            stand.more.pop("TUNERY_API_KEY")  # tunery up keeps it; the command line finds it in the home
             yield
         finally:
             process.stdin.close()
