@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,14 +15,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from tests.servers import servers
-from worker.isolation import limits, syscalls, walls
+from tunery.contracts.events import Checkpoint, Failed
+from worker.isolation import fetching, limits, syscalls, walls
 from worker.isolation.walls import Program, Way
+from worker.supervisor import Supervisor
+from worker.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
 USER = 54_321
@@ -193,6 +198,39 @@ def test_a_node_that_must_isolate_does_not_start_without(tmp_path: Path) -> None
     assert done.returncode == 1
     assert "NotIsolated: secrets:" in done.stderr or "NotIsolated: files:" in done.stderr
     assert "fix: " in done.stderr
+
+
+def test_the_program_that_fetches_models_has_a_network_and_no_secret(tmp_path: Path) -> None:
+    home, store = tmp_path / "home", tmp_path / "home" / "models"
+    (store / "scratch").mkdir(parents=True)
+    (home / "secrets.json").write_text("{}")
+    asks = (
+        "import json, os, socket; from pathlib import Path; (Path.cwd() / 'model').touch(); socket.socket().close()\n"
+        f"print(json.dumps([os.listdir({str(home)!r}), len(socket.if_nameindex()), os.access('/etc', os.W_OK)]))"
+    )
+    way = Way(keep_network=True, processes=True, view="open", user_namespace=os.geteuid() != 0)
+    settings: Any = SimpleNamespace(home=home, trainer_hidden="", trainer_readable="")
+    command = fetching.command(way, [sys.executable, "-c", asks], store, store / "scratch", settings)
+    environment = fetching.environment(store / "scratch")
+    done = subprocess.run(command, cwd=store, env=environment, capture_output=True, text=True)
+    if "tunery isolation: " in done.stderr:
+        pytest.skip(f"this host gives no namespaces: {done.stderr}")
+    assert json.loads(done.stdout) == [["models"], len(socket.if_nameindex()), False]
+    assert (store / "model").exists()
+    assert not [name for name in environment if name.startswith(("TUNERY_S3", "TUNERY_DATABASE", "AWS_"))]
+
+
+def test_a_trainer_may_only_name_folders_of_its_own(tmp_path: Path) -> None:
+    supervisor: Any = Supervisor.__new__(Supervisor)
+    supervisor._workspace = Workspace(tmp_path / "mine")
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "others").mkdir()
+    (tmp_path / "mine" / "link").symlink_to(tmp_path / "others")
+    for path, kept in {"mine/checkpoints": True, "mine": False, "others": False, "mine/../others": False}.items():
+        said = Checkpoint(path=str(tmp_path / path), files=[], step=1, metrics={})
+        assert (supervisor._ours(said) is said) == kept
+    refused = supervisor._ours(Checkpoint(path=str(tmp_path / "mine" / "link"), files=[], step=1, metrics={}))
+    assert isinstance(refused, Failed) and "outside its workspace" in refused.message
 
 
 def test_without_a_namespace_a_filter_takes_its_sockets(tmp_path: Path) -> None:
