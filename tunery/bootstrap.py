@@ -110,6 +110,13 @@ def newest_version() -> str | None:
     return ScriptDirectory.from_config(_alembic()).get_current_head()
 
 
+def known_versions() -> set[str]:
+    """Every migration of this release."""
+    from alembic.script import ScriptDirectory
+
+    return {script.revision for script in ScriptDirectory.from_config(_alembic()).walk_revisions()}
+
+
 def _alembic() -> "Config":
     from alembic.config import Config
 

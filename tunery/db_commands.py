@@ -41,12 +41,8 @@ def init(file: Path) -> None:
     if urlsplit(admin_url).scheme not in ("postgresql", "postgres"):
         raise Unsuitable("there is no admin URL", f"--admin-url postgresql://admin@host/database, or {ADMIN_URL}")
     admin_url = _with_password(admin_url)
-    known = read_env(file)
-    passwords = {role: known.get(f"{role.upper()}_PASSWORD") or secrets.token_urlsafe(32) for role in LOGIN_ROLES}
-    pepper = os.environ.get("TUNERY_KEY_PEPPER") or known.get("TUNERY_KEY_PEPPER") or secrets.token_urlsafe(32)
-    values = {f"{role.upper()}_PASSWORD": password for role, password in passwords.items()}
-    values["TUNERY_KEY_PEPPER"] = pepper
-    _write_env(file, known | values)  # first: a password must not be lost once a role has it
+    known, passwords = keep_secrets(file)
+    pepper, values = known["TUNERY_KEY_PEPPER"], dict[str, str]()
     database = bootstrap.create_roles(admin_url, passwords)
     urls = {role: bootstrap.url_for(admin_url, role, passwords[role], database) for role in LOGIN_ROLES}
     bootstrap.migrate(urls["tunery_migrate"])
@@ -58,6 +54,17 @@ def init(file: Path) -> None:
     _say(f"database '{database}' is ready: {_state(urls['tunery_migrate'])}")
     _say(f"passwords, URLs and the admin key are in {file} (readable by you alone)")
     _say(_NEXT.format(file=file if file.is_absolute() else f"./{file}"))
+
+
+def keep_secrets(file: Path, **given: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The file's values, and the password of each role. What was missing is made, and written before it is used: a
+    password must not be lost once a role has it. `given` stands over what the file has."""
+    known = read_env(file) | given
+    passwords = {role: known.get(f"{role.upper()}_PASSWORD") or secrets.token_urlsafe(32) for role in LOGIN_ROLES}
+    known |= {f"{role.upper()}_PASSWORD": password for role, password in passwords.items()}
+    pepper = os.environ.get("TUNERY_KEY_PEPPER") or known.get("TUNERY_KEY_PEPPER") or secrets.token_urlsafe(32)
+    _write_env(file, known := known | {"TUNERY_KEY_PEPPER": pepper})
+    return known, passwords
 
 
 def upgrade(file: Path) -> None:

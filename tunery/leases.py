@@ -205,6 +205,21 @@ def abandon(session: Session, attempt_id: uuid.UUID, code: FailureCode, message:
     return True
 
 
+# ---- after a restore -----------------------------------------------------------------------------------------
+
+
+def interrupt(session: Session, attempt_id: uuid.UUID, message: str) -> bool:
+    """Nothing of this attempt runs here, and that is nobody's fault: the job goes on from its newest checkpoint."""
+    held = _lock(session, attempt_id)
+    if held is None or held.attempt.state not in LIVE_ATTEMPT:
+        return False
+    _end_attempt(session, held.attempt, AttemptState.LOST)
+    held.attempt.failure_code, held.attempt.failure_message = FailureCode.WORKER_LOST, message
+    if held.job.state != JobState.QUEUED:
+        _after_stop(session, held.job, f"Attempt {held.attempt.no} ended: {message}")
+    return True
+
+
 # ---- by users -----------------------------------------------------------------------------------------------
 
 

@@ -169,6 +169,11 @@ def _explain(session: Session, wait: Wait) -> None:
     session.execute(update(Job).where(*changed).values(wait_reason=wait.reason))
 
 
+def live_attempts(session: Session) -> list[uuid.UUID]:
+    """Every attempt that has not ended."""
+    return list(session.scalars(select(Attempt.id).where(Attempt.state.in_(LIVE_ATTEMPT))))
+
+
 # ---- what went silent -------------------------------------------------------------------------------------------
 
 

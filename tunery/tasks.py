@@ -111,5 +111,10 @@ def give_back(session: Session, node_id: uuid.UUID) -> None:
     session.execute(update(Task).where(*mine).values(state="queued", lease_expires_at=None))
 
 
+def give_all_back(session: Session) -> None:
+    """Nobody runs any of them: after a restore."""
+    session.execute(update(Task).where(Task.state == "leased").values(state="queued", lease_expires_at=None))
+
+
 def _end(task: Task, state: str) -> None:
     task.state, task.lease_expires_at, task.finished_at = state, None, func.now()

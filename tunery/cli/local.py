@@ -21,7 +21,7 @@ db = typer.Typer(help="A database server of your own.", no_args_is_help=True)
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the root."""
-    for command in (up, down, status, doctor, logs):
+    for command in (up, down, status, doctor, logs, backup, restore):
         app.command(command.__name__)(command)
     app.add_typer(db, name="db")
 
@@ -72,6 +72,31 @@ def logs(
 ) -> None:
     """Show logs of the server on this machine."""
     hand_over("tunery.embedded", "logs", *(service or []), *_flag("--follow", follow), "--lines", str(lines))
+
+
+def backup(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to; one that holds a backup is brought up.")],
+    include_secrets: Annotated[
+        bool, typer.Option("--include-secrets", help="Keep the pepper and the admin key in it, so that keys go on.")
+    ] = False,
+) -> None:
+    """Copy the database and every object that it refers to into a folder, while everything runs.
+
+    TUNERY_BACKUP_DATABASE_URL and TUNERY_S3_* name a deployment elsewhere.
+    """
+    hand_over("tunery.backup", "backup", *_flag("--include-secrets", include_secrets), "--", str(folder))
+
+
+def restore(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `tunery backup` made.")],
+    env_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Into servers of your own, as `tunery db init` prepares them."),
+    ] = None,
+) -> None:
+    """Restore a backup into an empty deployment. Jobs that ran go on from their newest checkpoint."""
+    own = ["--env-file", str(env_file)] if env_file else []
+    hand_over("tunery.backup", "restore", *own, "--", str(folder))
 
 
 @db.command("init")
