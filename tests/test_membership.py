@@ -226,6 +226,22 @@ def test_the_login_is_of_this_node_whatever_it_says(
         assert connection.execute("UPDATE attempts SET state = 'failed'").rowcount == 0
 
 
+def test_a_node_changes_only_base_models_that_it_imports(joined: Joined, database: Database) -> None:
+    name = factories.base_model(database)
+    change = "UPDATE base_models SET object_prefix = 'a/base/mine' WHERE name = %s"
+    with joined.database() as connection:
+        assert connection.execute("SELECT 1 FROM base_models WHERE name = %s", [name]).rowcount == 1
+        assert connection.execute(change, [name]).rowcount == 0
+        with factories.owner(database) as session, session.begin():
+            task = (
+                "INSERT INTO tasks (id, project_id, kind, payload, base_model_id, state, fence, tries, node_id, "
+                "lease_expires_at) SELECT gen_random_uuid(), p.id, 'import_base', '{}', b.id, 'leased', 1, 1, :node, "
+                "now() FROM base_models b, (SELECT id FROM projects LIMIT 1) p WHERE b.name = :name"
+            )
+            session.execute(text(task), {"node": joined.id, "name": name})
+        assert connection.execute(change, [name]).rowcount == 1
+
+
 def test_the_shared_login_would_see_those_rows(database: Database, theirs: factories.Work, node: FleetNode) -> None:
     """The test above can fail: a login that is trusted with `app.node_id` does see them."""
     with psycopg.connect(database.url("tunery_worker")) as connection:

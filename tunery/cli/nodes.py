@@ -51,9 +51,10 @@ def join(
     ] = None,
     detach: Detach = False,
 ) -> None:
-    """Make this machine a node of a deployment, with a one-time token, and start it.
+    """Make this machine a node, with a one-time token.
 
-    What it is given goes to node.env in TUNERY_HOME and opens this node's rows, queue and objects alone.
+    What it is given goes to node.env in TUNERY_HOME and opens this node's own rows and queue alone. Its process is
+    started: until Ctrl-C, or in the background with --detach.
     """
     url = config.normal(api_url)
     if url.startswith("http://") and not config.is_loopback(url):
@@ -64,13 +65,16 @@ def join(
 
 @app.command("start")
 def start(detach: Detach = False) -> None:
-    """Start this machine's node again, after it has joined once."""
+    """Start this machine's node again."""
     hand_over("tunery.embedded", "node-start", *(["--detach"] if detach else []))
 
 
 @app.command("stop")
 def stop() -> None:
-    """Stop this machine's node in order: trainers checkpoint, and their jobs go back to the queue."""
+    """Stop this machine's node in order.
+
+    Its trainers checkpoint, and their jobs go back to the queue.
+    """
     hand_over("tunery.embedded", "node-stop")
 
 
@@ -115,7 +119,8 @@ def show(node: NodeRef, as_json: Json = False) -> None:
             ("registered", date(found.get("registered_at"))),
             ("task slots", found.get("task_slots")),
             *[(f"device {one.get('index')}", _device(one)) for one in found.get("devices") or []],
-            *[(name.replace("_", " "), _word(value)) for name, value in info.items()],
+            *[(name.replace("_", " "), _word(value)) for name, value in info.items() if name != "layers"],
+            *[(f"wall: {layer.get('name')}", _layer(layer)) for layer in info.get("layers") or []],
         ]
     )
 
@@ -126,7 +131,10 @@ def remove(
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Shut a machine out at once: its logins end, and its jobs resume elsewhere."""
+    """Shut a machine out at once.
+
+    Its logins end with their open connections; its jobs are found lost, and resume elsewhere.
+    """
     api = config.client()
     found = api.node(node)
     if not yes and not _confirmed(str(found.get("name"))):
@@ -177,11 +185,16 @@ def _device(device: Any) -> str:
     return f"{device.get('name')}  {size(free)} free of {size(device.get('total_bytes'))}  {device.get('state')}"
 
 
+def _layer(layer: Any) -> str:
+    """One of the walls around this node's trainers."""
+    state = "up" if layer.get("on") else "absent"
+    fix = f"; fix: {layer['fix']}" if layer.get("fix") and not layer.get("on") else ""
+    return f"{state}; {layer.get('detail')}{fix}"
+
+
 def _word(value: object) -> str | None:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_word(part)}" for name, part in value.items())
     if isinstance(value, list):
-        return ", ".join(str(_word(part)) for part in value)
+        return ", ".join(str(_word(part)) for part in value) or None
     return None if value is None else str(value)
