@@ -226,9 +226,9 @@ def test_the_login_is_of_this_node_whatever_it_says(
         assert connection.execute("UPDATE attempts SET state = 'failed'").rowcount == 0
 
 
-def test_a_node_changes_only_base_models_that_it_imports(joined: Joined, database: Database) -> None:
-    name = factories.base_model(database)
-    change = "UPDATE base_models SET object_prefix = 'a/base/mine' WHERE name = %s"
+def test_a_node_changes_only_base_models_that_it_imports(joined: Joined, database: Database, base_model: str) -> None:
+    name = base_model
+    change = "UPDATE base_models SET object_prefix = object_prefix WHERE name = %s"
     with joined.database() as connection:
         assert connection.execute("SELECT 1 FROM base_models WHERE name = %s", [name]).rowcount == 1
         assert connection.execute(change, [name]).rowcount == 0
