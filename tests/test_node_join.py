@@ -6,7 +6,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,23 +142,6 @@ def test_one_command_joins_and_a_removed_node_is_gone(deployment: Deployment) ->
     with running.look() as session:
         assert session.scalars(select(Node.last_seen_at).where(Node.id == first.node_id)).one() == silent_since
     assert [one["name"] for one in json.loads(deployment.admin("nodes", "--json"))] != ["second"]
-
-
-def test_the_doorbell_rings_through_the_nodes_own_user(deployment: Deployment) -> None:
-    """With a poll of a minute only a ring can start a job at once."""
-    running, machine = deployment.fleet, deployment.machine()
-    machine.environment["TUNERY_POLL_S"] = "60"
-    machine.command("node", "join", running.api_url, "--name", "rung", "-d", stdin=deployment.token())
-    time.sleep(1)  # the ring worker needs a moment to listen
-    jobs = [running.submit(f"rung {number}", steps=3) for number in range(4)]
-    for job in jobs:
-        assert running.ends(job, 30) == "succeeded"
-    shown = json.loads(deployment.admin("node", "show", "rung", "--json"))
-    attempts = [attempt for job in jobs for attempt in running.attempts(job)]
-    assert len(attempts) == len(jobs), "one was not claimed in time: nobody was rung"
-    used = {attempt.node_id for attempt in attempts}
-    assert ids.decode(ids.NODE, shown["id"]) in used
-    assert "redis is away" not in machine.log()
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
