@@ -98,6 +98,15 @@ def pin(pid: int) -> None:
             os.sched_setaffinity(int(task.name), {max(cores)})
 
 
+def _trains(pid: int) -> bool:
+    """The trainer itself, not what puts walls around it."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"trainer" in words and words[0].rpartition(b"/")[2].startswith(b"python")
+
+
 class Platform:
     def __init__(self, running: Deployment, up: int, folder: Path) -> None:
         self._running, self._up, self._folder = running, up, folder
@@ -122,7 +131,7 @@ class Platform:
         time.sleep(0.5)  # an idle machine, not one that has just stored a file
         job_id = self._running.submit(file_id, training(steps))
         accepted = time.time()
-        trainer = until(lambda: cpu.trainers(self._up))[0]
+        trainer = until(lambda: next(filter(_trains, cpu.trainers(self._up)), None))
         pin(trainer)
         if self.captured is None:
             self.captured = self._capture(trainer)

@@ -1,11 +1,11 @@
-"""`python -m bench.control_plane`: what the platform costs beside a bare trainer. Linux, embedded services, no GPU used.
+"""`python -m bench.control_plane`: what the platform costs beside a bare trainer. Linux; uses no GPU.
 
 1. Submitting: HTTP POST of a job on a real file, by 1 and by 16 clients at once; the node is cordoned meanwhile.
 2. Starting: from a job's acceptance to its trainer's process and first line, on an idle machine, step by step.
 3. Training: ten rounds of three runs of one job, by the platform (P), by a bare trainer (B), by a bare trainer again
    (C), in the orders PBC and CBP in turn. Each gives the median time between the events of its 60 steps. P/B is the
    overhead, C/B the control that says what such a measurement does on this machine when nothing differs.
-4. CPU: utime + stime of every process of the platform, embedded servers included and trainers not, while one job trains.
+4. CPU: utime + stime of every process of the platform, embedded servers included, trainers not, while a job trains.
 
 Trainers have one thread, and a core of their own where there are several. About five minutes.
 """
