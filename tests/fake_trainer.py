@@ -5,9 +5,10 @@
 
 How it behaves is the job's suffix: `ok`, `slow` (0.1 s a step), `crash-N` (dies before step N on its first attempt
 that starts below it), `crash-always`, `reject` (the user's fault), `deaf` (ignores every command), `flood`,
-`other-release` (speaks another version of the protocol).
+`other-release` (speaks another version of the protocol), `out-of-memory`, `binary`, `endless-line`.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 from tunery.contracts.channel import EventWriter, read_lines
 from tunery.contracts.events import (
     COMMANDS,
+    EXIT_MEMORY,
     EXIT_OK,
     EXIT_STOPPED,
     PROTOCOL,
@@ -73,6 +75,8 @@ class Run:
                 protocol=PROTOCOL + (self.mode == "other-release"),
             )
         )  # fmt: skip
+        if (code := self._go_wrong()) is not None:
+            return code
         if not start:
             self.events.send(Eval(when="before", values={"eval/loss": 2.0}))
         for step in range(start + 1, steps + 1):
@@ -94,6 +98,21 @@ class Run:
             )
         )
         return self._close(EXIT_OK)
+
+    def _go_wrong(self) -> int | None:
+        match self.mode:
+            case "out-of-memory":
+                self.events.send(Failed(code=FailureCode.OUT_OF_MEMORY, message="CUDA out of memory"))
+                return self._close(EXIT_MEMORY)
+            case "binary":
+                self.connection.sendall(b"\x00\xff\xfe\n" * 1000)
+                time.sleep(60)
+            case "endless-line":
+                with contextlib.suppress(OSError):
+                    for _ in range(1024):
+                        self.connection.sendall(b"x" * (1 << 20))
+                time.sleep(60)
+        return None
 
     def _step(self, step: int, start: int, steps: int) -> int | None:
         time.sleep(0.002 if self.mode in ("ok", "flood") else 0.1)

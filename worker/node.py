@@ -87,6 +87,8 @@ class Node:
                 self._poll()
             except DBAPIError as error:
                 log.warning("database trouble; running attempts go on", error=str(error.orig).strip()[:200])
+            except OSError as error:  # a full disk, no more processes: what runs does not need us to fall over
+                log.error("this host is in trouble; running attempts go on", error=str(error)[:200])
             self._wait(self._settings.poll_s)
         self._drain()
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections import deque
+from contextlib import suppress
 
 import structlog
 from sqlalchemy.exc import DBAPIError
@@ -57,7 +58,9 @@ class Recorder:
         while self._waiting:
             try:
                 persist("storing events", self._flush, grace_s)
-            except DBAPIError:
+            except (Fenced, OutageTooLong):
+                raise
+            except Exception:  # noqa: BLE001 - what a trainer says may fail in any way it likes
                 self._salvage()
 
     def _run(self) -> None:
@@ -66,12 +69,11 @@ class Recorder:
                 self._flush()
             except Fenced:
                 return  # the keeper finds out for itself, and acts
-            except DBAPIError as error:
-                if not passing(error):
-                    self._salvage()
+            except Exception as error:  # noqa: BLE001 - an event may fail before it reaches Postgres, too
+                if not _later(error):
+                    with suppress(Fenced):  # the next round meets it again
+                        self._salvage()
                 self._over.wait(1)
-            except OutageTooLong:
-                return
 
     def _flush(self) -> None:
         self._write(_BATCH)
@@ -91,12 +93,14 @@ class Recorder:
                     self._waiting.popleft()
 
     def _salvage(self) -> None:
-        """One event that Postgres will never take must not hold back, or take along, the ones around it."""
+        """One event that can never be stored must not hold back, or take along, the ones around it."""
         for _ in range(_BATCH):
             try:
                 self._write(1)
-            except DBAPIError as error:
-                if passing(error):
+            except Fenced:
+                raise
+            except Exception as error:
+                if _later(error):
                     return
                 log.warning("an event was refused and left out", exc_info=True)
                 with self._lock:
@@ -110,3 +114,8 @@ class Recorder:
                 del self._waiting[index]
                 self.dropped += 1
                 return
+
+
+def _later(error: Exception) -> bool:
+    """May the same write succeed another time?"""
+    return isinstance(error, DBAPIError) and passing(error)
