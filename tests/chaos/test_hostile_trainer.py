@@ -32,7 +32,8 @@ def test_one_impossible_event_takes_no_other_with_it(
 
 @pytest.mark.chaos
 @pytest.mark.parametrize(
-    ("mode", "code"), [("binary", "internal"), ("endless-line", "internal"), ("out-of-memory", "out_of_memory")]
+    ("mode", "code"),
+    [("binary", "internal_error"), ("endless-line", "internal_error"), ("out-of-memory", "out_of_memory")],
 )
 def test_a_job_of_a_trainer_gone_wrong_ends_and_its_neighbour_does_not_notice(mode: str, code: str) -> None:
     """F20, F29."""
