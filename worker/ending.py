@@ -1,7 +1,6 @@
 """How an attempt ends: what its outcome means, publishing, and writing it down under the fence."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 
@@ -103,12 +102,23 @@ class Ending:
                 peak = finished.peak_memory_bytes
                 leases.succeed(session, held, finished.tokens, peak, still_holds_gpu=not trainer_gone)
 
+        if not any(file.name == adapters.WEIGHTS for file in finished.files):
+            message = f"The trainer finished without {adapters.WEIGHTS}."
+            self.fail(FailureCode.CORRUPT_ARTIFACT, message, trainer_gone=trainer_gone)
+            return
         persist("publishing", begin, self._settings.outage_grace_s)
         output = adapters.Published(
             f"{prefix(self._work)}/output", finished.files, progress.json_safe(finished.metrics)
         )
         try:
-            upload(self._storage, Path(finished.path), finished.files, output.prefix, STORAGE_GRACE_S)
+            upload(
+                self._storage,
+                self._workspace.root,
+                finished.path,
+                finished.files,
+                output.prefix,
+                STORAGE_GRACE_S,
+            )
         except (CorruptObject, OSError, KeyError) as error:
             message = f"The result could not be stored: {error}"
             self.fail(FailureCode.CORRUPT_ARTIFACT, message, trainer_gone=trainer_gone)

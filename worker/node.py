@@ -29,7 +29,7 @@ from tunery.states import AttemptState, FailureCode
 from tunery.storage import Storage
 from worker import inventory, launch_guard, locks, processes
 from worker.chores import Chores
-from worker.isolation import limits
+from worker.isolation import limits, uids
 from worker.isolation.host import Ways
 from worker.launch_guard import Driver, Nvml
 from worker.patience import passing
@@ -321,7 +321,9 @@ class Node:
 
     def _end_all(self, attempt_id: str) -> bool:
         """Whatever a dead supervisor left: by its mark, by the uid that its workspace was given to, by its cgroup."""
-        gone = processes.end_all(attempt_id, uid=Workspace(self._attempts / attempt_id).owner())
+        owner = Workspace(self._attempts / attempt_id).owner()
+        with uids.of_the_dead(owner, self._settings.home) as uid:
+            gone = processes.end_all(attempt_id, uid=uid)
         limits.end(limits.left(limits.parents(self._settings.trainer_cgroups), attempt_id))
         return gone
 

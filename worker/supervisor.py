@@ -100,6 +100,7 @@ class Supervisor:
         self._recorder = Recorder(work, sessions)
         self._checkpoints = CheckpointUploads(
             work,
+            workspace,
             storage,
             sessions,
             settings,

@@ -1,8 +1,8 @@
 """Checkpoints and logs on their way to the object store, while training goes on."""
 
 import math
+import os
 import queue
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +17,7 @@ from tunery.errors import Unavailable
 from tunery.leases import Fenced
 from tunery.settings import NodeSettings
 from tunery.storage import CorruptObject, Storage
+from worker import folders
 from worker.patience import OutageTooLong, persist
 from worker.workspace import Work, Workspace
 
@@ -37,6 +38,7 @@ class CheckpointUploads:
     def __init__(
         self,
         work: Work,
+        workspace: Workspace,
         storage: Storage,
         sessions: Sessions,
         settings: NodeSettings,
@@ -44,7 +46,8 @@ class CheckpointUploads:
         write_through: Callable[[int], None],
         on_stored: Callable[[int], None],
     ) -> None:
-        self._work, self._storage, self._sessions, self._settings = work, storage, sessions, settings
+        self._work, self._root = work, workspace.root
+        self._storage, self._sessions, self._settings = storage, sessions, settings
         self._write_through, self._on_stored = write_through, on_stored
         self._waiting: queue.Queue[Checkpoint | None] = queue.Queue()
         self._abort = threading.Event()
@@ -77,16 +80,16 @@ class CheckpointUploads:
                 return
             except (OutageTooLong, CorruptObject, OSError, DBAPIError) as error:
                 log.warning("checkpoint given up", step=said.step, error=str(error)[:200])
-                shutil.rmtree(said.path, ignore_errors=True)
+                folders.remove(self._root, said.path)
                 self._on_stored(said.step)  # not stored, but gone: the trainer may make the next one
             except Exception:
                 log.exception("checkpoint given up", step=said.step)
                 self._on_stored(said.step)
 
     def _store(self, said: Checkpoint) -> None:
-        folder, key = Path(said.path), f"{prefix(self._work)}/checkpoints/step-{said.step}"
+        key = f"{prefix(self._work)}/checkpoints/step-{said.step}"
         # training goes on through an outage, and so do we: only the end of the attempt has a deadline
-        upload(self._storage, folder, said.files, key, math.inf, self._abort)
+        upload(self._storage, self._root, said.path, said.files, key, math.inf, self._abort)
         failpoints.reach("checkpoint.uploaded")
 
         def record() -> None:
@@ -98,35 +101,37 @@ class CheckpointUploads:
         persist("recording a checkpoint", record, math.inf, self._abort)
         failpoints.reach("checkpoint.recorded")
         self._on_stored(said.step)
-        shutil.rmtree(folder, ignore_errors=True)
+        folders.remove(self._root, said.path)
 
 
 def upload(
     storage: Storage,
-    folder: Path,
+    root: Path,
+    folder: str,
     files: list[FileEntry],
     key: str,
     grace_s: float,
     stop: threading.Event | None = None,
 ) -> None:
-    """Store files below `key`, each read back and compared.
+    """Store files of a folder that a trainer named below its workspace `root`, each read back and compared.
 
     Raises:
-        CorruptObject: the store returned other bytes than it was given.
+        CorruptObject: a file is not what the trainer said, or the store returned other bytes than it was given.
+        OSError: a file is not there, is no file, or a link lies on the way to it.
         OutageTooLong: the store stayed away for `grace_s`.
     """
-    for file in files:
-        path = (folder / file.name).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            raise CorruptObject(f"'{file.name}' lies outside its folder")
-        if path.exists() and not path.is_file():  # a pipe would never end
-            raise CorruptObject(f"'{file.name}' is no file")
-        persist(
-            f"storing {file.name}",
-            lambda path=path, file=file: storage.put_verified(f"{key}/{file.name}", path, file.sha256),
-            grace_s,
-            stop,
-        )
+    with folders.opened(root, folder) as inside:
+        for file in files:
+            with folders.opened_file(inside, file.name) as descriptor:
+                if (size := os.fstat(descriptor).st_size) != file.bytes:
+                    raise CorruptObject(f"'{file.name}' has {size} bytes, not {file.bytes}")
+                held = Path(f"/proc/self/fd/{descriptor}")
+                persist(
+                    f"storing {file.name}",
+                    lambda held=held, file=file: storage.put_verified(f"{key}/{file.name}", held, file.sha256),
+                    grace_s,
+                    stop,
+                )
 
 
 class LogUploads:

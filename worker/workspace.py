@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from worker import model_store
 
 _MAX_SOCKET_PATH = 100
 """sockaddr_un holds 108 bytes on Linux."""
+_GIVEN = 0o1770
+"""Mode of a workspace whose group is its trainer's uid."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Workspace:
     def give(self, uid: int) -> None:
         """To a trainer with a uid of its own. It makes files here, but cannot rename or remove ours: sticky."""
         os.chown(self.root, -1, uid)
-        self.root.chmod(0o1770)
+        self.root.chmod(_GIVEN)
         for folder in (self.checkpoints, self.root / "tmp", self.socket, self._socket_folder):
             if folder is not None:
                 os.chown(folder, uid, uid)
@@ -122,12 +125,15 @@ class Workspace:
         return found != root and found.is_relative_to(root)
 
     def owner(self) -> int | None:
-        """The uid that it was given to; None if it is still ours, or gone."""
+        """The uid that it was given to; None if it is still ours, or gone.
+
+        Told by the folder's own group, which a trainer cannot change: what lies in it is the trainer's to replace.
+        """
         try:
-            found = self.checkpoints.stat().st_uid
+            found = self.root.lstat()
         except OSError:
             return None
-        return found if found != os.geteuid() else None
+        return found.st_gid if stat.S_IMODE(found.st_mode) == _GIVEN else None
 
     def remove(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)

@@ -5,9 +5,10 @@ done, counted from the job's first attempt). `metrics` and `sample` may be dropp
 rest never. The last event is the outcome: `finished`, `stopped` or `failed`.
 """
 
+from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 from tunery.states import FailureCode, StopReason
 
@@ -28,12 +29,37 @@ class _Event(_Message):
     step: int = 0
 
 
+_MAX_NAME_BYTES, _MAX_PART_BYTES = 512, 200
+"""A name becomes part of an object's key, and of a path wherever the object is fetched or backed up."""
+
+
+def _plain(name: str) -> str:
+    parts = name.split("/")
+    if len(name.encode()) > _MAX_NAME_BYTES or not name.isprintable() or "\\" in name:
+        raise ValueError("a file's name is printable, and at most 512 bytes long")
+    if any(part in ("", ".", "..") or len(part.encode()) > _MAX_PART_BYTES for part in parts):
+        raise ValueError("a file's name leads down from its folder, in parts of at most 200 bytes")
+    return name
+
+
 class FileEntry(_Message):
     """One file of a checkpoint or an output folder; `name` is relative, with forward slashes."""
 
-    name: str
-    bytes: int
-    sha256: str
+    name: Annotated[str, AfterValidator(_plain)]
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def _apart(files: list[FileEntry]) -> list[FileEntry]:
+    names = {file.name for file in files}
+    folders = {str(above) for name in names for above in PurePosixPath(name).parents}
+    if len(names) != len(files) or names & folders:
+        raise ValueError("two files have one name, or one is a folder of another")
+    return files
+
+
+Files = Annotated[list[FileEntry], AfterValidator(_apart)]
+"""All files of one folder."""
 
 
 class Started(_Event):
@@ -87,7 +113,7 @@ class Checkpoint(_Event):
 
     type: Literal["checkpoint"] = "checkpoint"
     path: str
-    files: list[FileEntry]
+    files: Files
     metrics: dict[str, float] = {}
 
 
@@ -100,7 +126,7 @@ class Warning(_Event):
 class Finished(_Event):
     type: Literal["finished"] = "finished"
     path: str
-    files: list[FileEntry]
+    files: Files
     tokens: int
     metrics: dict[str, float] = {}
     peak_memory_bytes: int = 0

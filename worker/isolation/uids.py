@@ -1,6 +1,8 @@
 """One uid for each trainer that runs. Held by a lock that the kernel lets go of, so no crash leaks one."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -44,6 +46,24 @@ def take(span: str, home: Path) -> HeldUid:
             continue
         return HeldUid(uid, lock)
     raise NoUid(f"every uid of TUNERY_TRAINER_UIDS={span} is in use")
+
+
+@contextmanager
+def of_the_dead(uid: int | None, home: Path) -> Iterator[int | None]:
+    """The uid of a trainer whose supervisor is gone, for as long as nobody else may take it; None if one has.
+
+    Whoever took it found no process of it, so nothing of the dead one is left; what runs under it now is another's.
+    """
+    if uid is None:
+        yield None
+        return
+    try:
+        lock = locks.take(_folder(home) / f"{uid}.lock")
+    except locks.Taken:
+        yield None
+        return
+    with lock:
+        yield uid
 
 
 def _folder(home: Path) -> Path:
