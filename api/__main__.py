@@ -2,16 +2,19 @@
 
 import signal
 import sys
+import threading
+from types import FrameType
 
 import structlog
 import uvicorn
-from pydantic import ValidationError
 
 from api.main import create_app
 from tunery.db import PrivilegedRole, make_engine, make_sessions, refuse_privileged_role
-from tunery.settings import ApiSettings
+from tunery.settings import ApiSettings, load
 from tunery.storage import Storage
-from tunery.telemetry import configure_logs
+from tunery.telemetry import configure_logs, tracing
+from tunery.telemetry.health import Health
+from tunery.telemetry.listener import listen
 from tunery.unreadable import hide_from_same_user
 
 log = structlog.get_logger(__name__)
@@ -21,15 +24,31 @@ POOL = 20
 GRACE_S = 30
 
 
+class Server(uvicorn.Server):
+    """Says "not ready" first, goes on serving for `drain_s`, then stops taking requests and finishes those it has."""
+
+    def __init__(self, config: uvicorn.Config, health: Health, drain_s: float) -> None:
+        super().__init__(config)
+        self._health, self._drain_s = health, drain_s
+        self._draining = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining or self._drain_s <= 0:
+            self._health.drain()
+            super().handle_exit(sig, frame)
+            return
+        self._draining = True
+        self._health.drain()
+        later = threading.Timer(self._drain_s, super().handle_exit, (sig, frame))
+        later.daemon = True
+        later.start()
+
+
 def main() -> int:
     hide_from_same_user()
     configure_logs("api")
-    try:
-        settings = ApiSettings()  # pyright: ignore[reportCallIssue] - read from the environment
-    except ValidationError as error:
-        missing = ", ".join(f"TUNERY_{str(problem['loc'][0]).upper()}" for problem in error.errors())
-        log.error("settings are missing or wrong", variables=missing)
-        return 2
+    settings = load(ApiSettings)
+    tracing.set_up("api")
     engine = make_engine(settings.database_url.get_secret_value(), pool_size=POOL)
     try:
         refuse_privileged_role(engine)
@@ -39,7 +58,9 @@ def main() -> int:
     # uvicorn stops in order and then raises the signal anew: an orderly stop should end with 0, not as if killed
     signal.signal(signal.SIGTERM, lambda *_: None)
     app = create_app(make_sessions(engine), Storage(settings), settings)
-    uvicorn.run(
+    health: Health = app.state.health
+    listen("api", settings, health)
+    config = uvicorn.Config(
         app,
         host=settings.api_host,
         port=settings.api_port,
@@ -48,6 +69,8 @@ def main() -> int:
         server_header=False,
         timeout_graceful_shutdown=GRACE_S,
     )
+    Server(config, health, settings.drain_s).run()
+    tracing.shut_down()
     engine.dispose()
     return 0
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
+import structlog
 from fastapi import Depends, Request, Security
+from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPBearer
 from sqlalchemy.orm import Session
 
@@ -20,16 +22,23 @@ from tunery.tenancy import Identity
 
 JOIN = "/v1/nodes/join"
 """Here the bearer is a join token, which its route checks: a machine that joins has no key."""
-PUBLIC = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", JOIN})
+PUBLIC = frozenset({"/healthz", "/livez", "/readyz", "/openapi.json", "/docs", JOIN})
 """Everything else needs a key, also what has not been written yet."""
 
 _bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer ftk_live_...`")
 
 
-def authenticate(request: Request) -> None:
-    """Applied to the whole app. The key is looked up in a transaction of its own, before any project is known."""
-    if request.scope["path"] in PUBLIC:
-        return
+async def authenticate(request: Request) -> None:
+    """Applied to the whole app; async, so that liveness needs no thread while a hung database holds them all."""
+    if request.scope["path"] not in PUBLIC:
+        await run_in_threadpool(_authenticate, request)
+        who: Identity = request.state.identity
+        project, key = ids.encode(ids.PROJECT, who.project_id), ids.encode(ids.KEY, who.key_id)
+        structlog.contextvars.bind_contextvars(project=project, key=key)
+
+
+def _authenticate(request: Request) -> None:
+    """The key is looked up in a transaction of its own, before any project is known."""
     if (key := _presented(request)) is None:
         fix = "Send the header 'Authorization: Bearer <key>'."
         raise Unauthenticated("You did not provide an API key.", fix=fix)

@@ -8,11 +8,12 @@ from api.deps import authenticate
 from api.documentation import ALWAYS, operation_id
 from api.middleware import BodyLimit, Edge
 from api.routes import adapters, base_models, files, health, identity, jobs, legacy, models, nodes, usage
-from tunery import __version__
+from tunery import __version__, readiness
 from tunery.db import Sessions
 from tunery.dispatch import connect
 from tunery.settings import MIB, ApiSettings
 from tunery.storage import Storage
+from tunery.telemetry.health import Health
 
 MAX_JSON_BYTES = MIB
 _DESCRIPTION = """Fine-tuning on your own GPUs, in the form that OpenAI's API made familiar.
@@ -36,7 +37,8 @@ def create_app(sessions: Sessions, storage: Storage, settings: ApiSettings) -> F
     )
     app.state.sessions, app.state.storage, app.state.settings = sessions, storage, settings
     app.state.redis = connect(settings.redis_url.get_secret_value())
-    app.state.probes = anyio.CapacityLimiter(4)
+    asked = [readiness.database(settings), readiness.storage(settings), readiness.redis(settings)]
+    app.state.health, app.state.probes = Health(asked), anyio.CapacityLimiter(4)
     errors.install(app)
     for module in (files, jobs, models, base_models, adapters, nodes, usage, identity, legacy, health):
         app.include_router(module.router)  # routers carry their whole prefix: metrics name a route by it

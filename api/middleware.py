@@ -11,13 +11,16 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import errors
-from tunery.telemetry import HTTP_DURATION
+from api.metrics import HTTP_DURATION
+from tunery import ids
+from tunery.telemetry import tracing
+from tunery.telemetry.tracing import Span
 
 log = structlog.get_logger(__name__)
 
-_SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{8,128}")
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{8,128}")
 _METHODS = ("GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS")
-_QUIET = ("/healthz", "/readyz", "/metrics")
+_QUIET = ("/healthz", "/livez", "/readyz")
 FRAMING_BYTES = 64 * 1024
 """What multipart adds to a file: boundaries, headers and the other fields. The route itself measures the file."""
 _LINGER_S = 15.0
@@ -46,7 +49,13 @@ class Edge:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        parent = tracing.sane(_header(scope, b"traceparent"))
+        with (
+            structlog.contextvars.bound_contextvars(request_id=request_id, **_their_trace(parent)),
+            tracing.span(_method(scope), parent=parent, kind="server") as span,
+        ):
+            # what a job's row keeps: our span, or without an exporter of ours the caller's
+            scope["state"]["traceparent"] = span.traceparent or parent
             try:
                 await self._app(scope, receive, send_stamped)
             except ClientDisconnect:
@@ -57,7 +66,7 @@ class Edge:
                     raise  # the answer has begun; only a broken connection can say that it is not whole
                 await errors.internal(scope)(scope, receive, send_stamped)
             finally:
-                _observe(scope, status, time.perf_counter() - began)
+                _observe(scope, status, time.perf_counter() - began, span)
 
 
 class BodyLimit:
@@ -128,17 +137,43 @@ class _Body:
 
 def _request_id(scope: Scope) -> str:
     """The caller's own id if it is one, so that a request can be followed through proxies; else a new one."""
-    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-    return given.decode() if _SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+    given = _header(scope, b"x-request-id")
+    return given if _SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
 
 
-def _observe(scope: Scope, status: int, seconds: float) -> None:
+def _header(scope: Scope, wanted: bytes) -> str:
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == wanted), "")
+
+
+def _their_trace(traceparent: str | None) -> dict[str, str]:
+    """Without an exporter of ours the log lines of a request still say which trace of the caller's they belong to."""
+    trace_id = None if tracing.on() else tracing.trace_id(traceparent)
+    return {"trace_id": trace_id} if trace_id else {}
+
+
+def _method(scope: Scope) -> str:
+    return scope["method"] if scope["method"] in _METHODS else "other"
+
+
+def _observe(scope: Scope, status: int, seconds: float, span: Span) -> None:
     # a path or a method that a caller made up must not become a label: each value is a series for ever
-    template = getattr(scope.get("route"), "path", "unmatched")
-    method = scope["method"] if scope["method"] in _METHODS else "other"
+    template, method = getattr(scope.get("route"), "path", "unmatched"), _method(scope)
     HTTP_DURATION.labels(template, method, str(status)).observe(seconds)
+    who = scope.get("state", {}).get("identity")
+    span.name(f"{method} {template}")
+    span.note(
+        {
+            "http.request.method": method,
+            "http.route": template,
+            "http.response.status_code": status,
+            "url.path": scope["path"],
+            "url.scheme": scope.get("scheme"),
+            "tunery.request_id": scope["state"]["request_id"],
+            "tunery.project_id": ids.encode(ids.PROJECT, who.project_id) if who else None,
+        }
+    )
+    if status >= 500:
+        span.fail(f"answered {status}")
     if template in _QUIET:
         return
-    who = scope.get("state", {}).get("identity")
-    known = {"project": str(who.project_id), "key": str(who.key_id)} if who else {}
-    log.info("request", method=scope["method"], route=template, status=status, ms=round(seconds * 1000, 1), **known)
+    log.info("request", method=scope["method"], route=template, status=status, ms=round(seconds * 1000, 1))

@@ -10,19 +10,24 @@ import uuid
 import structlog
 from pydantic import ValidationError
 
+from scheduler.metrics import Fleet, Leadership
 from scheduler.service import Scheduler
+from tunery import readiness
 from tunery.db import make_engine, make_sessions, refuse_privileged_role
 from tunery.dispatch import Doorbell, connect
-from tunery.settings import SchedulerSettings, StorageSettings
+from tunery.settings import SchedulerSettings, StorageSettings, load
 from tunery.storage import Storage
-from tunery.telemetry import configure_logs
+from tunery.telemetry import bind_process, configure_logs, tracing
+from tunery.telemetry.health import Health, Part
+from tunery.telemetry.listener import listen
 from tunery.unreadable import hide_from_same_user
 
 
 def main() -> int:
     hide_from_same_user()
     configure_logs("scheduler")
-    settings = SchedulerSettings()  # type: ignore[call-arg] - from the environment
+    settings = load(SchedulerSettings)
+    tracing.set_up("scheduler")
     # a frozen leader's transaction holds the leader's row: it may do so no longer than the lead itself lasts
     engine = make_engine(settings.database_url.get_secret_value(), idle_timeout_s=settings.leader_ttl_s)
     refuse_privileged_role(engine)
@@ -31,8 +36,15 @@ def main() -> int:
         signal.signal(number, lambda *_: stop.set())
     holder = f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
     doorbell = Doorbell(connect(settings.redis_url.get_secret_value()))
-    structlog.get_logger().info("scheduler started", holder=holder)
-    Scheduler(make_sessions(engine), doorbell, settings, holder, _storage()).run(stop)
+    bind_process(holder=holder)
+    sessions = make_sessions(engine)
+    scheduler = Scheduler(sessions, doorbell, settings, holder, _storage())
+    parts = [readiness.database(settings), readiness.redis(settings), Part("loops", scheduler.loops)]
+    collectors = [Leadership(lambda: scheduler.epoch), Fleet(sessions, settings.lease_s)]
+    listen("scheduler", settings, Health(parts, scheduler.told), collectors)
+    structlog.get_logger().info("scheduler started")
+    scheduler.run(stop)
+    tracing.shut_down()
     return 0
 
 

@@ -5,6 +5,7 @@ transaction that decides carries this leader's epoch; a scheduler that was depos
 """
 
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,22 +15,30 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from scheduler import metrics
 from scheduler.policy import schedule
 from scheduler.tidy import Tidy
-from tunery import catalogue, failpoints, jobs, leases, membership, outbox, queue, tasks, wake
+from tunery import catalogue, census, failpoints, ids, jobs, leases, membership, outbox, queue, tasks, wake
 from tunery.db import Sessions, transaction
 from tunery.dispatch import Doorbell
 from tunery.errors import Unavailable
+from tunery.outbox import Outbox
 from tunery.queue import Deposed
 from tunery.settings import SchedulerSettings
 from tunery.states import FailureCode
 from tunery.storage import Storage
+from tunery.telemetry import bind_process, tracing
+from tunery.telemetry.health import NotReady
 
 log = structlog.get_logger(__name__)
 
 _LEAST_PAUSE_S = 0.05
 GAP_S = 15.0
 """No sweep for so long means that nobody could have renewed against a working control plane."""
+
+
+_STUCK_S = 30.0
+"""A loop that has not come round for so long hangs; the slowest pause between two rounds is five seconds."""
 
 
 class Scheduler:
@@ -51,6 +60,29 @@ class Scheduler:
         self._epoch: int | None = None
         self._stop = threading.Event()
         self._woken = {"decide": threading.Event(), "relay": threading.Event()}
+        self._looked = {"lead": time.monotonic(), "decide": time.monotonic(), "sweep": time.monotonic()}
+        """When each loop last came round; one that hangs makes the scheduler not ready."""
+
+    @property
+    def epoch(self) -> int | None:
+        """While it leads."""
+        return self._epoch
+
+    def loops(self) -> str | None:
+        """For readiness. Raises NotReady if a loop has not come round for long."""
+        ages = {name: time.monotonic() - at for name, at in self._looked.items()}
+        if late := [f"{name} for {age:.0f} s" for name, age in ages.items() if age > _STUCK_S]:
+            raise NotReady(f"not run: {', '.join(late)}")
+        return None
+
+    def told(self) -> dict[str, object]:
+        """Beside readiness: who leads. Standing by is as ready as leading."""
+        age = time.monotonic() - self._looked["decide"]
+        return {
+            "role": "leading" if self._epoch else "following",
+            "epoch": self._epoch,
+            "last_pass_age_s": round(age, 1),
+        }
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set, then let the next leader start at once."""
@@ -84,6 +116,7 @@ class Scheduler:
         while not self._stop.is_set():
             try:
                 work()
+                self._looked[name] = time.monotonic()
             except Deposed:
                 self._epoch = None
                 log.warning("deposed", loop=name)
@@ -121,6 +154,7 @@ class Scheduler:
             log.info("leading" if epoch else "following", epoch=epoch)
             self._wake()
         self._epoch = epoch
+        bind_process(epoch=epoch)
 
     def decide(self) -> int:
         """One pass of the policy; returns how many jobs were assigned."""
@@ -130,13 +164,18 @@ class Scheduler:
             world = queue.snapshot(session, silent_after_s=self._settings.lease_s)
         if not world.jobs:
             return 0
-        decisions = schedule(world)
-        with transaction(self._sessions) as session:
-            assigned = queue.apply(session, epoch, decisions)
-            failpoints.reach("assign.made")
+        with metrics.PASS.time():
+            decisions = schedule(world)
+            with transaction(self._sessions) as session:
+                assigned = queue.apply(session, epoch, decisions)
+                failpoints.reach("assign.made")
         if assigned:
-            log.info("assigned", jobs=assigned, waiting=len(world.jobs) - assigned)
-        return assigned
+            log.info("assigned", jobs=len(assigned), waiting=len(world.jobs) - len(assigned))
+            with transaction(self._sessions) as session:
+                waits = [census.queue_wait_s(session, attempt_id) for attempt_id in assigned]
+            for waited in filter(None, waits):
+                metrics.QUEUE_WAIT.observe(waited)
+        return len(assigned)
 
     def relay(self) -> None:
         """Send what waits in the outbox. A crash between sending and marking sends it twice, which is harmless."""
@@ -149,12 +188,25 @@ class Scheduler:
             if message.topic == outbox.JOB_ENDED:
                 self._doorbell.announce(message.payload["job_id"], message.payload["state"])
             else:
-                to = [message.payload["node_id"]] if message.topic == outbox.RING_NODE else everyone
-                for node_id in to:
-                    self._doorbell.ring(node_id, str(message.id))
+                self._ring(message, everyone)
             failpoints.reach("relay.rung")
             with transaction(self._sessions) as session:
                 outbox.mark_sent(session, [message.id])
+                ended = _ended(session, message)
+            if ended is not None:
+                metrics.count(ended)
+
+    def _ring(self, message: Outbox, everyone: list[uuid.UUID]) -> None:
+        to = [message.payload["node_id"]] if message.topic == outbox.RING_NODE else everyone
+        parent = message.payload.get("traceparent")
+        if parent is None:
+            for node_id in to:
+                self._doorbell.ring(node_id, str(message.id))
+            return
+        at = message.created_at.timestamp()
+        with tracing.span("tunery.outbox.ring", parent=parent, kind="producer", at=at):
+            for node_id in to:
+                self._doorbell.ring(node_id, str(message.id))
 
     def keep_doors(self) -> None:
         """A Redis that restarted has forgotten its users, and one that was away has kept those of removed nodes."""
@@ -182,6 +234,7 @@ class Scheduler:
             with self._one(epoch) as session:
                 if leases.declare_lost(session, attempt_id, clocks.lost_grace_s):
                     log.warning("attempt lost", attempt=str(attempt_id))
+                    metrics.LOST.inc()
         for attempt_id in unclaimed:
             with self._one(epoch) as session:
                 leases.unassign(session, attempt_id)
@@ -219,3 +272,10 @@ class Scheduler:
             leases.reject(session, job, FailureCode.INTERNAL, message, "training_file")
         if task.base_model_id is not None:
             catalogue.failed(catalogue.by_id(session, task.base_model_id), task.error or "")
+
+
+def _ended(session: Session, message: Outbox) -> census.Ended | None:
+    """Counted when it is told: once, but for a crash between the two, which tells it twice."""
+    if message.topic != outbox.JOB_ENDED:
+        return None
+    return census.ended(session, ids.decode(ids.JOB, message.payload["job_id"]))

@@ -88,7 +88,7 @@ def test_a_deposed_epoch_applies_nothing(
             decide(session)
     assert factories.look(work).fence == 0 and factories.free_bytes(node) == node.usable_bytes
     with transaction(scheduler) as session:
-        assert queue.apply(session, 2, [start]) == 1
+        assert len(queue.apply(session, 2, [start])) == 1
 
 
 def test_nobody_takes_over_in_the_middle_of_a_decision(scheduler: Sessions, database: Database) -> None:
@@ -114,7 +114,7 @@ def test_a_refused_decision_costs_only_itself(
         Start(third.job_id, roomy.id, roomy.gpu_ids, GIB),
     ]
     with transaction(scheduler) as session:
-        assert queue.apply(session, 1, decisions) == 2
+        assert len(queue.apply(session, 1, decisions)) == 2
     assert factories.look(second).wait_reason == "needs 1 GPU; 0 free"
     assert factories.look(second).fence == 0 < factories.look(first).fence < factories.look(third).fence
     with factories.owner(database) as session:
@@ -127,7 +127,7 @@ def test_a_job_that_no_longer_waits_is_not_started(scheduler: Sessions, project:
     lead(scheduler, "a")
     factories.cancel(work)
     with transaction(scheduler) as session:
-        assert queue.apply(session, 1, [Start(work.job_id, node.id, node.gpu_ids, GIB)]) == 0
+        assert queue.apply(session, 1, [Start(work.job_id, node.id, node.gpu_ids, GIB)]) == []
     assert factories.free_bytes(node) == node.usable_bytes
 
 
@@ -178,7 +178,7 @@ def test_two_live_attempts_of_one_job_cannot_be(
     work, other = factories.assigned(project, node), factories.node(database)
     lead(scheduler, "a")
     with transaction(scheduler) as session:
-        assert queue.apply(session, 1, [Start(work.job_id, other.id, other.gpu_ids, GIB)]) == 0
+        assert queue.apply(session, 1, [Start(work.job_id, other.id, other.gpu_ids, GIB)]) == []
     with factories.owner(database) as session:
         query = select(func.count()).select_from(Attempt).where(Attempt.job_id == work.job_id)
         assert session.scalar(query) == 1

@@ -35,8 +35,18 @@ class Request:
     extension: Extension = field(default_factory=Extension)
 
 
-def submit(session: Session, who: Identity, request: Request, *, max_live: int, max_bytes: int = 1 << 50) -> Job:
+def submit(
+    session: Session,
+    who: Identity,
+    request: Request,
+    *,
+    max_live: int,
+    max_bytes: int = 1 << 50,
+    traceparent: str | None = None,
+) -> Job:
     """Accept a job: its row, its first event and the task that checks its rows, in one transaction.
+
+    `traceparent`: the trace that everything done for this job belongs to.
 
     Raises:
         NotFound: the model or a file does not exist in this project.
@@ -70,6 +80,7 @@ def submit(session: Session, who: Identity, request: Request, *, max_live: int, 
         model_name=f"ft:{model.name}:{_slug(who.organization)}:{request.suffix or ''}:{ids.short(job_id)}",
         gpus=request.extension.resources.gpus,
         platform=platform_identity(),
+        traceparent=traceparent,
     )
     session.add(job)
     session.flush()

@@ -11,7 +11,7 @@ from tunery import wake
 from tunery.models import Outbox
 
 RING_NODE = "ring_node"
-"""{"node_id", "attempt_id"}: an attempt was assigned to this node, or it should look at one it has."""
+"""{"node_id", "attempt_id", "traceparent"}: an attempt was assigned to this node, or it should look at one it has."""
 RING_TASK = "ring_task"
 """{"task_id"}: some node should look for tasks."""
 JOB_ENDED = "job_ended"

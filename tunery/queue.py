@@ -10,10 +10,11 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from tunery import outbox
+from tunery import ids, outbox
 from tunery.contracts.scheduling import Decision, GpuView, JobView, NodeView, Snapshot, Start, Wait
 from tunery.models import RESUMABLE, Allocation, Attempt, AttemptNode, Checkpoint, Gpu, Job, Leader, Node, Slot, Task
 from tunery.states import LEASED_ATTEMPT, LIVE_ATTEMPT, AttemptState, JobState
+from tunery.telemetry import tracing
 
 log = structlog.get_logger(__name__)
 
@@ -104,22 +105,25 @@ def _nodes(session: Session, silent_after_s: float) -> Iterable[NodeView]:
     return (NodeView(node.id, node.name, slots[node.id], tuple(gpus[node.id])) for node in nodes)
 
 
-def apply(session: Session, epoch: int, decisions: Iterable[Decision]) -> int:
-    """Carry decisions out in this transaction; returns how many jobs were assigned.
+def apply(session: Session, epoch: int, decisions: Iterable[Decision]) -> list[uuid.UUID]:
+    """Carry decisions out in this transaction; returns the attempts that were assigned.
 
     Each start has a savepoint: one that the schema refuses, because the world moved on, costs only itself.
     """
     assert_leader(session, epoch)
-    assigned = 0
+    assigned: list[uuid.UUID] = []
     for decision in decisions:
         if isinstance(decision, Wait):
             _explain(session, decision)
             continue
         try:
             with session.begin_nested():
-                assigned += assign(session, decision) is not None
+                attempt_id = assign(session, decision)
         except (NodeFull, IntegrityError) as refused:
-            log.warning("decision refused by the schema", job=str(decision.job_id), error=str(refused))
+            log.warning("decision refused by the schema", job=ids.encode(ids.JOB, decision.job_id), error=str(refused))
+            continue
+        if attempt_id is not None:
+            assigned.append(attempt_id)
     return assigned
 
 
@@ -131,6 +135,7 @@ def assign(session: Session, start: Start) -> uuid.UUID | None:
     newest = select(Checkpoint).where(Checkpoint.job_id == job.id, *RESUMABLE)
     checkpoint = session.scalar(newest.order_by(Checkpoint.step.desc()).limit(1))
     last_no = session.scalar(select(func.max(Attempt.no)).where(Attempt.job_id == job.id)) or 0
+    span = _assign_span(session, job, last_no)
     attempt = Attempt(
         project_id=job.project_id,
         job_id=job.id,
@@ -139,6 +144,7 @@ def assign(session: Session, start: Start) -> uuid.UUID | None:
         engine_id=start.engine_id,
         resume_checkpoint_id=checkpoint.id if checkpoint else None,
         start_step=checkpoint.step if checkpoint else 0,
+        traceparent=span.traceparent or job.traceparent,
     )
     session.add(attempt)
     session.flush()
@@ -158,10 +164,40 @@ def assign(session: Session, start: Start) -> uuid.UUID | None:
         session,
         outbox.RING_NODE,
         job.project_id,
-        {"node_id": str(start.node_id), "attempt_id": str(attempt.id)},
+        {"node_id": str(start.node_id), "attempt_id": str(attempt.id), "traceparent": attempt.traceparent},
     )
     session.flush()
+    span.note({"tunery.attempt.id": str(attempt.id), "tunery.node.id": str(start.node_id)})
+    span.end()
+    log.info(
+        "attempt assigned",
+        job=ids.encode(ids.JOB, job.id),
+        project=ids.encode(ids.PROJECT, job.project_id),
+        attempt=str(attempt.id),
+        no=attempt.no,
+        fence=attempt.fence,
+        node=str(start.node_id),
+        trace_id=tracing.trace_id(attempt.traceparent),
+    )
     return attempt.id
+
+
+def _assign_span(session: Session, job: Job, last_no: int) -> tracing.Span:
+    """The time that the job has waited, in the trace of its submission; a later attempt points at the one before."""
+    if not tracing.on():
+        return tracing.Span(None)
+    ended = session.execute(
+        select(Attempt.traceparent, Attempt.ended_at).where(Attempt.job_id == job.id, Attempt.no == last_no)
+    ).one_or_none()
+    since = ended.ended_at if ended is not None and ended.ended_at else job.queued_at
+    return tracing.start(
+        "tunery.job.queue",
+        parent=job.traceparent,
+        links=[ended.traceparent] if ended is not None else [],
+        kind="producer",
+        at=since.timestamp(),
+        attributes={"tunery.job.id": ids.encode(ids.JOB, job.id), "tunery.attempt": last_no + 1},
+    )
 
 
 def _explain(session: Session, wait: Wait) -> None:

@@ -1,10 +1,12 @@
 """Settings of each program: read once from the environment in its entry point, then passed down."""
 
 import os
+import sys
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
-from pydantic import Field, SecretStr, model_validator
+import structlog
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -12,11 +14,14 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from tunery.telemetry import hide_secrets
+
 MIB = 1024 * 1024
 
 
 class _Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="TUNERY_", frozen=True, extra="ignore")
+    # hide_input: what does not validate may be a URL with its password
+    model_config = SettingsConfigDict(env_prefix="TUNERY_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     @classmethod
     def settings_customise_sources(
@@ -36,10 +41,32 @@ class _Settings(BaseSettings):
         return init_settings, env_settings, *files
 
 
+S = TypeVar("S", bound=_Settings)
+
+
+def load(kind: type[S]) -> S:
+    """A program's settings from its environment; ends the program with 2 and names what is missing or wrong."""
+    try:
+        found = kind()
+    except ValidationError as error:
+        told = {f"TUNERY_{'_'.join(map(str, one['loc'])).upper()}": one["msg"] for one in error.errors()}
+        structlog.get_logger(__name__).error("settings are missing or wrong", variables=told)
+        sys.exit(2)
+    hide_secrets(found)
+    return found
+
+
 class DatabaseSettings(_Settings):
     """Each program logs in as a role of its own; the URL carries that role's password."""
 
     database_url: SecretStr
+
+
+class OpsSettings(_Settings):
+    ops_host: str = "127.0.0.1"
+    """Where `/livez`, `/readyz` and `/metrics` are served, to operators only."""
+    ops_port: int = 0
+    """0: nowhere. `tunery up` chooses one for each program and shows it in `tunery status`."""
 
 
 class RedisSettings(_Settings):
@@ -89,11 +116,13 @@ class Clocks(_Settings):
         return self
 
 
-class ApiSettings(DatabaseSettings, RedisSettings, StorageSettings):
+class ApiSettings(DatabaseSettings, RedisSettings, StorageSettings, OpsSettings):
     key_pepper: SecretStr
     """Keys the HMAC of stored API keys; no default, so that a deployment cannot forget it."""
     api_host: str = "127.0.0.1"
     api_port: int = 8400
+    drain_s: float = 0
+    """So long after SIGTERM requests are still served while `/readyz` says no: load balancers take time to notice."""
     max_file_bytes: int = 512 * MIB
     max_live_jobs: int = 1000
     """Jobs of one project that have not ended."""
@@ -126,12 +155,12 @@ class Retention(_Settings):
     """How often the whole store is listed to find them."""
 
 
-class SchedulerSettings(DatabaseSettings, RedisSettings, Clocks, Retention):
+class SchedulerSettings(DatabaseSettings, RedisSettings, Clocks, Retention, OpsSettings):
     decide_s: float = 2
     """Pause between two passes of the policy, and between two looks into the outbox, when nothing wakes them sooner."""
 
 
-class NodeSettings(DatabaseSettings, StorageSettings, Clocks):
+class NodeSettings(DatabaseSettings, StorageSettings, Clocks, OpsSettings):
     redis_url: SecretStr | None = None
     """None: nobody can ring, and work is found by polling."""
     home: Path

@@ -40,7 +40,8 @@ class Stored:
 class Storage:
     """One bucket of an S3 service. Raises `Unavailable` when the service does not answer."""
 
-    def __init__(self, settings: StorageSettings) -> None:
+    def __init__(self, settings: StorageSettings, *, patient: bool = True) -> None:
+        """`patient` waits and tries again, for data; the other gives up in a second, for questions."""
         self.bucket = settings.s3_bucket
         self._client: Any = boto3.client(
             "s3",
@@ -49,9 +50,9 @@ class Storage:
             aws_access_key_id=settings.s3_access_key_id.get_secret_value(),
             aws_secret_access_key=settings.s3_secret_access_key.get_secret_value(),
             config=Config(
-                connect_timeout=5,
-                read_timeout=60,
-                retries={"mode": "standard", "max_attempts": 4},
+                connect_timeout=5 if patient else 1,
+                read_timeout=60 if patient else 1,
+                retries={"mode": "standard", "total_max_attempts": 5 if patient else 1},
                 s3={"addressing_style": "path"},
             ),
         )

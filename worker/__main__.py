@@ -8,12 +8,14 @@ import structlog
 
 from tunery.db import make_engine, make_sessions, refuse_privileged_role
 from tunery.ids import uuid7
-from tunery.settings import NodeSettings
+from tunery.settings import NodeSettings, load
 from tunery.storage import Storage
-from tunery.telemetry import configure_logs
+from tunery.telemetry import bind_process, configure_logs, tracing
+from tunery.telemetry.listener import listen
 from tunery.unreadable import hide_from_same_user
 from worker import locks
 from worker.isolation.host import NotIsolated, decide
+from worker.metrics import NodeMetrics
 from worker.node import Node, Replaced
 
 log = structlog.get_logger(__name__)
@@ -22,7 +24,8 @@ log = structlog.get_logger(__name__)
 def main() -> int:
     hide_from_same_user()
     configure_logs("node")
-    settings = NodeSettings()  # type: ignore[call-arg] - from the environment
+    settings = load(NodeSettings)
+    tracing.set_up("node")
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         lock = locks.take(settings.home / "node.lock")
@@ -37,16 +40,21 @@ def main() -> int:
         engine = make_engine(url, pool_size=tasks + 2, idle_timeout_s=settings.lease_s)
         refuse_privileged_role(engine)
         node_id = _identity(settings)
+        bind_process(node=str(node_id))
         try:
             ways, shown = decide(settings)
         except NotIsolated as error:
             log.error("this host does not isolate trainers as required", missing=str(error), docs="docs/isolation.md")
             return 1
         try:
-            Node(node_id, settings, make_sessions(engine, node_id=node_id), Storage(settings), ways, shown).run()
+            node = Node(node_id, settings, make_sessions(engine, node_id=node_id), Storage(settings), ways, shown)
+            listen("node", settings, node.health, [NodeMetrics(settings.home), node.meters])
+            node.run()
         except Replaced:
             log.error("another process has registered as this node; leaving it to that one")
             return 1
+        finally:
+            tracing.shut_down()
     return 0
 
 

@@ -18,16 +18,18 @@ import structlog
 from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import Session
 
-from tunery import catalogue, datasets, estimate, failpoints, jobs, leases, tasks
+from tunery import catalogue, datasets, estimate, failpoints, ids, jobs, leases, tasks
 from tunery.datasets import Dataset, Report
 from tunery.db import Sessions, transaction
 from tunery.errors import Unavailable
 from tunery.events import Entry
 from tunery.files import File
+from tunery.jobs import Inputs
 from tunery.settings import MIB, NodeSettings
 from tunery.states import FailureCode
 from tunery.storage import CorruptObject, Storage, manifest
 from tunery.tasks import Lease, TaskFenced
+from tunery.telemetry import tracing
 from worker import model_store
 from worker.isolation import fetching
 from worker.isolation.host import Ways
@@ -67,7 +69,8 @@ class Chores:
         self._sessions, self._storage = sessions, storage
 
     def run(self, lease: Lease) -> None:
-        told = log.bind(task=str(lease.id), kind=lease.kind, tries=lease.tries)
+        named = {"job": ids.encode(ids.JOB, lease.job_id)} if lease.job_id else {}
+        told = log.bind(task=str(lease.id), kind=lease.kind, tries=lease.tries, **named)
         told.info("task started")
         try:
             with self._kept(lease):
@@ -92,6 +95,12 @@ class Chores:
         assert lease.job_id is not None
         with transaction(self._sessions) as session:
             inputs = jobs.inputs(session, lease.job_id)
+        about = {"tunery.job.id": ids.encode(ids.JOB, lease.job_id), "tunery.try": lease.tries}
+        with tracing.span("tunery.job.validate", parent=inputs.job.traceparent, kind="consumer", attributes=about):
+            self._check_inputs(lease, inputs)
+
+    def _check_inputs(self, lease: Lease, inputs: Inputs) -> None:
+        assert lease.job_id is not None
         try:
             checked = [
                 self._check(

@@ -41,6 +41,7 @@ def claim(session: Session, attempt_id: uuid.UUID, claimed_by: str, lease_s: flo
         platform=job.platform,
         devices=tuple((gpu.kind, gpu.uuid) for gpu in nodes.devices_of(session, attempt.id)),
         engine_socket=_engine_socket(session, attempt.engine_id),
+        traceparent=attempt.traceparent,
     )
 
 

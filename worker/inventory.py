@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tunery.nodes import Device
@@ -13,6 +14,45 @@ GIB = 1 << 30
 def devices() -> list[Device]:
     """GPUs as NVML sees them, in its order; else the CPU. Usable memory leaves 5 %, at least 1 GiB, to others."""
     return _nvidia() or [_cpu()]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Of one GPU, now. `utilization` is the share of NVML's last sampling period in which a kernel ran."""
+
+    index: int
+    uuid: str
+    name: str
+    used_bytes: int
+    total_bytes: int
+    utilization: float
+
+
+def readings() -> list[Reading]:
+    """None where there is no NVIDIA driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()  # counted by the library: each init has its shutdown
+    except pynvml.NVMLError:
+        return []
+    try:
+        return [_reading(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _reading(index: int) -> Reading:
+    import pynvml
+
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    try:
+        busy = int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu) / 100
+    except pynvml.NVMLError:  # a GPU in MIG mode does not say
+        busy = float("nan")
+    uuid, name = str(pynvml.nvmlDeviceGetUUID(handle)), str(pynvml.nvmlDeviceGetName(handle))
+    return Reading(index, uuid, name, int(memory.used), int(memory.total), busy)
 
 
 def _nvidia() -> list[Device]:

@@ -29,7 +29,9 @@ class Keeper:
         on_stop: Callable[[StopReason], None],
         on_fenced: Callable[[], None],
         tick: Callable[[], None],
+        on_late: Callable[[], None],
     ) -> None:
+        self._on_late = on_late
         self._work, self._sessions, self._settings = work, sessions, settings
         self._on_stop, self._on_fenced, self._tick = on_stop, on_fenced, tick
         self._told: StopReason | None = None
@@ -61,6 +63,8 @@ class Keeper:
         while not self._over.is_set():
             self._wake.clear()
             if self._renew():
+                if boottime() - self._heard > 2 * self._settings.renew_s:
+                    self._on_late()
                 self._heard = boottime()
             self._wake.wait(self._settings.renew_s)
 

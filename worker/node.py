@@ -21,17 +21,19 @@ import structlog
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from tunery import __version__, leases, nodes, tasks
+from tunery import __version__, leases, nodes, readiness, tasks
 from tunery.db import Sessions, transaction
 from tunery.nodes import Assigned
 from tunery.settings import NodeSettings
 from tunery.states import AttemptState, FailureCode
 from tunery.storage import Storage
+from tunery.telemetry.health import Health, NotReady, Part
 from worker import inventory, launch_guard, locks, processes
 from worker.chores import Chores
 from worker.isolation import limits, uids
 from worker.isolation.host import Ways
 from worker.launch_guard import Driver, Nvml
+from worker.meters import AttemptMeters
 from worker.patience import passing
 from worker.standby import Standby
 from worker.workspace import Workspace
@@ -40,6 +42,7 @@ log = structlog.get_logger(__name__)
 
 _RESPAWN_S = 3.0
 _KEEP_LOGS_S = 7 * 24 * 3600
+_LOW_DISK = 2 * inventory.GIB
 
 
 class Replaced(Exception):
@@ -74,12 +77,23 @@ class Node:
         self._ring: subprocess.Popen[bytes] | None = None
         self._ring_after = 0.0
         self._stopping = False
+        self._heard: float | None = None
+        parts = [
+            readiness.database(settings),
+            readiness.storage(settings),
+            readiness.redis(settings),
+            Part("heartbeat", self._heartbeat),
+            Part("doorbell", self._doorbell_answers, required=False),
+            Part("disk", self._disk, required=False),
+        ]
+        self.health = Health(parts, lambda: {"node": str(node_id), "attempts": len(self._supervisors)})
+        self.meters = AttemptMeters(self._attempts, lambda name: locks.is_taken(self._lock(name)))
 
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self._persist_registration()
-        log.info("node up", node=str(self._id), home=str(self._settings.home))
+        log.info("node up", home=str(self._settings.home))
         while not self._stopping:
             self._keep_ring()
             self._standby.keep()
@@ -98,6 +112,7 @@ class Node:
         with transaction(self._sessions) as session:
             if not nodes.heartbeat(session, self._id, self._boot_id):
                 raise Replaced(str(self._id))
+            self._heard = time.monotonic()
             mine = nodes.assigned(session, self._id)
             unreleased = nodes.unreleased(session, self._id)
             dirty = nodes.dirty(session, self._id)
@@ -228,8 +243,30 @@ class Node:
             info={"host": socket.gethostname(), **self._isolation},
         )
 
+    # ---- what readiness asks --------------------------------------------------------------------------------
+
+    def _heartbeat(self) -> str:
+        if self._heard is None:
+            raise NotReady("not registered yet")
+        age, most = time.monotonic() - self._heard, 3 * self._settings.poll_s + 5
+        if age > most:
+            raise NotReady(f"last one {age:.0f} s ago")
+        return "ok"
+
+    def _doorbell_answers(self) -> str:
+        if self._ring is None or self._ring.poll() is not None:
+            raise NotReady("the RQ worker is not running; work is found by polling")
+        return "ok"
+
+    def _disk(self) -> str:
+        free = shutil.disk_usage(self._settings.home).free
+        if free < _LOW_DISK:
+            raise NotReady(f"{free / inventory.GIB:.1f} GiB free")
+        return "ok"
+
     def _drain(self) -> None:
         """Every supervisor checkpoints and gives its job back to the queue; then we go."""
+        self.health.drain()
         self._standby.close()
         with suppress(DBAPIError), transaction(self._sessions) as session:
             nodes.go_down(session, self._id)
@@ -309,6 +346,8 @@ class Node:
         ended = [name for name, process in self._supervisors.items() if process.poll() is not None]
         for name in ended:
             del self._supervisors[name]
+        if ended:
+            self.meters.fold()
 
     def _lock(self, attempt_id: str) -> Path:
         return self._attempts / f"{attempt_id}.lock"

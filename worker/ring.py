@@ -17,7 +17,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from tunery.dispatch import RING, connect, queue_name
-from tunery.telemetry import configure_logs
+from tunery.telemetry import bind_process, configure_logs
 from tunery.unreadable import hide_from_same_user
 from worker import processes
 
@@ -62,6 +62,7 @@ def _is_ring(job: Job) -> bool:
 def main() -> int:
     hide_from_same_user()
     configure_logs("ring")
+    bind_process(node=os.environ["TUNERY_NODE_ID"])
     processes.follow(int(os.environ["TUNERY_NODE_PID"]))
     connection = connect(os.environ["TUNERY_REDIS_URL"], timeout_s=75)
     node_id = os.environ["TUNERY_NODE_ID"]

@@ -21,7 +21,7 @@ from pathlib import Path
 import structlog
 from pydantic import ValidationError
 
-from tunery import failpoints, leases, nodes
+from tunery import failpoints, ids, leases, nodes
 from tunery.contracts.channel import LineTooLong, read_lines, send_line
 from tunery.contracts.events import (
     EVENTS,
@@ -39,10 +39,11 @@ from tunery.contracts.events import (
 )
 from tunery.db import Sessions, make_engine, make_sessions, refuse_privileged_role, transaction
 from tunery.leases import Fenced
-from tunery.settings import NodeSettings
+from tunery.settings import NodeSettings, load
 from tunery.states import FailureCode, StopReason
 from tunery.storage import CorruptObject, Storage
-from tunery.telemetry import configure_logs
+from tunery.telemetry import bind_process, configure_logs, tracing
+from tunery.telemetry.tracing import Span
 from tunery.unreadable import hide_from_same_user
 from worker import launch_guard, locks, processes, trainers
 from worker.claiming import claim
@@ -50,8 +51,10 @@ from worker.ending import Ending, NoOutcome
 from worker.isolation.host import Ways
 from worker.keeper import Keeper
 from worker.launch_guard import Driver, Nvml
+from worker.meters import Meters
 from worker.patience import OutageTooLong, persist
 from worker.recorder import Recorder
+from worker.trace import TrainingTrace
 from worker.uploads import CheckpointUploads, LogUploads
 from worker.workspace import Work, Workspace
 
@@ -85,6 +88,7 @@ class Supervisor:
         self._work, self._workspace, self._storage = work, workspace, storage
         self._driver = driver or Nvml()
         self._sessions, self._settings = sessions, settings
+        self._meters, self._trace = Meters(workspace.root.with_suffix(".prom")), TrainingTrace()
         self._inbox: queue.Queue[Said] = queue.Queue(maxsize=10_000)
         self._trainer = trainers.choose(work, workspace, settings, Ways.inherited(settings))
         # renewals must not wait behind anybody's slow statement
@@ -96,6 +100,7 @@ class Supervisor:
             on_stop=self._on_stop,
             on_fenced=self._on_fenced,
             tick=lambda: self._tell(Tick()),
+            on_late=self._meters.late_renewals.inc,
         )
         self._recorder = Recorder(work, sessions)
         self._checkpoints = CheckpointUploads(
@@ -104,6 +109,7 @@ class Supervisor:
             storage,
             sessions,
             settings,
+            self._meters,
             write_through=self._recorder.write_through,
             on_stored=lambda step: self._tell(Stored(step=step)),
         )
@@ -128,7 +134,10 @@ class Supervisor:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._keeper.start()
-            if (failed := self._prepare()) is not None:
+            with tracing.span("tunery.job.prepare") as span:
+                if (failed := self._prepare()) is not None:
+                    span.fail(failed[1])
+            if failed is not None:
                 ending.fail(*failed)
                 return
             if self._interrupted.is_set():
@@ -145,6 +154,7 @@ class Supervisor:
             for helper in (self._recorder, self._checkpoints, self._logs):
                 helper.start()
             outcome = self._watch()
+            self._trace.over("the trainer went without a word" if isinstance(outcome, NoOutcome) else None)
             gone = self._trainer.end()
             self._hang_up()
             if self._fenced:
@@ -156,7 +166,8 @@ class Supervisor:
             self._checkpoints.finish(abandon=self._stop is StopReason.CANCEL)
             self._recorder.finish(self._settings.outage_grace_s)
             self._logs.finish()
-            ending.settle(outcome, self._stop, trainer_gone=gone)
+            with tracing.span("tunery.job.settle", attributes={"tunery.outcome": _name(outcome)}):
+                ending.settle(outcome, self._stop, trainer_gone=gone)
         except Fenced:
             log.warning("fenced while ending; nothing more to do")
         except OutageTooLong:
@@ -170,6 +181,7 @@ class Supervisor:
             self._hang_up()
             self._keeper.stop()
             listener.close()
+            self._meters.save(now=True)
             self._workspace.remove()
 
     def _prepare(self) -> tuple[FailureCode, str] | None:
@@ -249,6 +261,7 @@ class Supervisor:
             if self._fenced:
                 self._tell(Stop(reason=StopReason.FENCED, checkpoint=False, deadline_s=0))
                 return NoOutcome(None, self._trainer.lost)
+            self._meters.save()
             if (reason := self._reason()) is not None and reason is not self._stop:
                 self._ask_to_stop(reason)
             if self._kill_at is not None and time.monotonic() > self._kill_at:
@@ -272,6 +285,8 @@ class Supervisor:
 
     def _hear(self, event: Event) -> None:
         self._recorder.add(event)
+        self._meters.hear(event)
+        self._trace.hear(event)
         if isinstance(event, Checkpoint):
             self._checkpoints.add(event)  # its folder was checked when the event came
 
@@ -361,13 +376,19 @@ def _understood(event: Event) -> Event:
     return Failed(code=FailureCode.INTERNAL, message=message, seq=event.seq, time=event.time, step=event.step)
 
 
+def _name(outcome: Event | NoOutcome) -> str:
+    return "none" if isinstance(outcome, NoOutcome) else outcome.type
+
+
 def main(attempt: str) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     hide_from_same_user()
+    began = time.time()
     configure_logs("supervisor")
-    structlog.contextvars.bind_contextvars(attempt=attempt)
-    settings = NodeSettings()  # type: ignore[call-arg] - from the environment
     node_id = uuid.UUID(os.environ["TUNERY_NODE_ID"])
+    bind_process(attempt=attempt, node=str(node_id))
+    settings = load(NodeSettings)
+    tracing.set_up("supervisor")
     root = settings.home / "attempts" / attempt
     try:
         lock = locks.take(root.with_suffix(".lock"))
@@ -388,13 +409,32 @@ def main(attempt: str) -> int:
     if work is None:
         log.info("nothing to claim")
     else:
-        structlog.contextvars.bind_contextvars(job=str(work.job_id), no=work.attempt_no, fence=work.fence)
+        job, project = ids.encode(ids.JOB, work.job_id), ids.encode(ids.PROJECT, work.project_id)
+        bind_process(job=job, project=project, no=work.attempt_no, fence=work.fence)
+        span = _follow(work, job, began)
         log.info("claimed", start_step=work.start_step)
         failpoints.reach("attempt.claimed")
         Supervisor(work, Workspace(root), Storage(settings), sessions, settings).run()
+        span.end()
         log.info("over")
     Path(lock.name).unlink(missing_ok=True)
+    tracing.shut_down()
     return 0
+
+
+def _follow(work: Work, job: str, began: float) -> Span:
+    """Everything this process does belongs to the attempt's span, or else to whatever span assigned it."""
+    attributes = {
+        "tunery.job.id": job,
+        "tunery.attempt.id": str(work.attempt_id),
+        "tunery.attempt": work.attempt_no,
+        "tunery.fence": work.fence,
+        "tunery.start_step": work.start_step,
+    }
+    span = tracing.start("tunery.attempt", parent=work.traceparent, kind="consumer", at=began, attributes=attributes)
+    tracing.follow(span.traceparent or work.traceparent)
+    tracing.start("tunery.attempt.claim", at=began).end()
+    return span
 
 
 def _claim(sessions: Sessions, attempt: str, claimed_by: str, settings: NodeSettings) -> Work | None:

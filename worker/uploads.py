@@ -17,7 +17,9 @@ from tunery.errors import Unavailable
 from tunery.leases import Fenced
 from tunery.settings import NodeSettings
 from tunery.storage import CorruptObject, Storage
+from tunery.telemetry import tracing
 from worker import folders
+from worker.meters import Meters
 from worker.patience import OutageTooLong, persist
 from worker.workspace import Work, Workspace
 
@@ -42,12 +44,14 @@ class CheckpointUploads:
         storage: Storage,
         sessions: Sessions,
         settings: NodeSettings,
+        meters: Meters,
         *,
         write_through: Callable[[int], None],
         on_stored: Callable[[int], None],
     ) -> None:
         self._work, self._root = work, workspace.root
         self._storage, self._sessions, self._settings = storage, sessions, settings
+        self._meters = meters
         self._write_through, self._on_stored = write_through, on_stored
         self._waiting: queue.Queue[Checkpoint | None] = queue.Queue()
         self._abort = threading.Event()
@@ -75,7 +79,12 @@ class CheckpointUploads:
             if self._abort.is_set():
                 continue
             try:
-                self._store(said)
+                attributes = {"tunery.step": said.step, "tunery.bytes": sum(file.bytes for file in said.files)}
+                with (
+                    self._meters.uploads.time(),
+                    tracing.span("tunery.checkpoint.upload", kind="client", attributes=attributes),
+                ):
+                    self._store(said)
             except Fenced:
                 return
             except (OutageTooLong, CorruptObject, OSError, DBAPIError) as error:

@@ -55,6 +55,8 @@ class Work:
     devices: tuple[tuple[str, str], ...]
     """Kind and driver UUID of each device."""
     engine_socket: str | None
+    traceparent: str | None
+    """Of the span that assigned it."""
 
 
 class Workspace:

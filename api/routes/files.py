@@ -16,6 +16,7 @@ from api import pages
 from api.deps import Scope, SessionDep, SettingsDep, StorageDep, Tenant, TenantDep
 from api.documentation import BINARY, MULTIPART, problems
 from api.errors import too_large
+from api.metrics import UPLOADED_BYTES
 from api.middleware import FRAMING_BYTES
 from api.schemas.common import Deleted, Page
 from api.schemas.files import FileOut, file_out
@@ -25,7 +26,6 @@ from tunery.errors import Invalid, NotFound
 from tunery.files import PURPOSES, File
 from tunery.settings import ApiSettings
 from tunery.storage import Storage
-from tunery.telemetry import UPLOADED_BYTES
 from tunery.usage import StorageUsage
 
 log = structlog.get_logger(__name__)

@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated
 
+import structlog
 from fastapi import APIRouter, Depends, Query, Request
 from sqlalchemy.orm import Session
 
@@ -17,7 +18,9 @@ from tunery import adapters, events, ids, jobs, leases, progress
 from tunery.errors import Invalid
 from tunery.jobs import Job
 from tunery.storage import Storage
+from tunery.telemetry import tracing
 
+log = structlog.get_logger(__name__)
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning"])
 READ, WRITE = [Depends(Scope("jobs:read"))], [Depends(Scope("jobs:write"))]
 MAX_JOBS, MAX_EVENTS = 100, 1000
@@ -25,11 +28,17 @@ MAX_JOBS, MAX_EVENTS = 100, 1000
 
 @router.post("", dependencies=WRITE, responses=problems(400, 404, 429))
 def create_job(
-    body: JobIn, tenant: TenantDep, session: SessionDep, storage: StorageDep, settings: SettingsDep
+    request: Request, body: JobIn, tenant: TenantDep, session: SessionDep, storage: StorageDep, settings: SettingsDep
 ) -> JobOut:
     """Submit a job. Its rows are checked first; then it waits for a GPU."""
     limits = {"max_live": settings.max_live_jobs, "max_bytes": settings.max_project_bytes}
-    job = jobs.submit(session, tenant.identity, request_of(body), **limits)
+    with tracing.span("tunery.job.submit") as span:
+        trace = span.traceparent or request.state.traceparent
+        asked = request_of(body)
+        job = jobs.submit(session, tenant.identity, asked, traceparent=trace, **limits)
+        span.note({"tunery.job.id": ids.encode(ids.JOB, job.id), "tunery.base_model": job.model})
+    structlog.contextvars.bind_contextvars(job=ids.encode(ids.JOB, job.id))
+    log.info("job accepted", base_model=job.model)
     return _shown(session, tenant, storage, [job])[0]
 
 

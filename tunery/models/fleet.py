@@ -176,6 +176,8 @@ class Attempt(Base):
     failure_message: Mapped[str | None]
     log_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     logs_deleted_at: Mapped[Moment | None]
+    traceparent: Mapped[str | None]
+    """W3C: the span that assigned it; parent of everything its supervisor does."""
     assigned_at: Mapped[Created]
     claimed_at: Mapped[Moment | None]
     started_at: Mapped[Moment | None]

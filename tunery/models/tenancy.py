@@ -200,6 +200,8 @@ class Job(Base):
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     platform: Mapped[Json]
     """Tunery's version, lock hash and image at submission: what a run is reproduced from."""
+    traceparent: Mapped[str | None]
+    """W3C: the span that submitted it. Everything done for the job joins that trace."""
 
     created_at: Mapped[Created]
     queued_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=func.now())
