@@ -4,6 +4,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,8 @@ from pydantic import SecretStr
 
 from api.main import create_app
 from tests import factories
+from tests.chaos.faults import refuse
+from tests.chaos.proxy import Proxy
 from tests.conftest import serving, settings_of
 from tests.factories import Database, Tenant
 from tunery.db import make_engine, make_sessions
@@ -111,6 +114,30 @@ def test_a_database_that_is_away(storage: Storage, servers: Servers, project: Te
             assert ready.status_code == 503 and ready.json()["parts"]["storage"] == "ok"
             assert ready.json()["parts"]["database"] != "ok" and "127.0.0.1" not in ready.text
             assert client.get("/healthz").status_code == 200
+
+
+def test_every_route_says_503_while_the_database_is_away_and_recovers_unaided(
+    database: Database, storage: Storage, servers: Servers, project: Tenant
+) -> None:
+    with Proxy.of(database.url("tunery_api")) as proxy:
+        settings = settings_of(servers, proxy.reach(database.url("tunery_api")))
+        app = create_app(make_sessions(make_engine(settings.database_url.get_secret_value())), storage, settings)
+        with serving(app) as url, httpx.Client(base_url=url, trust_env=False, timeout=20) as client:
+            client.headers["authorization"] = f"Bearer {project.key}"
+            assert client.get("/v1/files").status_code == 200
+            paths = client.get("/openapi.json").json()["paths"]
+            routes = [
+                (method, path) for path, entry in paths.items() for method in entry if entry[method].get("security")
+            ]
+            assert len(routes) > 15
+            proxy.set(refuse())
+            proxy.cut()
+            for method, path in routes:
+                response = client.request(method, re.sub(r"{\w+}", "x", path))
+                told = envelope(response, 503)
+                assert told["code"] == "service_unavailable" and int(response.headers["retry-after"]) > 0, path
+            proxy.set()
+            assert client.get("/v1/files").status_code == 200
 
 
 def test_an_object_store_that_is_away(database: Database, settings: ApiSettings, project: Tenant) -> None:

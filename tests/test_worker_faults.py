@@ -165,6 +165,7 @@ def test_ticks_go_on_and_the_outage_is_noticed_while_postgres_hangs(
         on_stop=told.append,
         on_fenced=lambda: None,
         tick=lambda: ticks.append(time.monotonic()),
+        on_late=lambda: None,
     )
     os.kill(backend, signal.SIGSTOP)
     try:

@@ -65,10 +65,6 @@ def take(session: Session) -> Census:
     return Census(jobs, oldest, sorted(workers, key=lambda one: one.name), messages, float(age), led)
 
 
-def nothing() -> Census:
-    return Census({}, 0.0, [], 0, 0.0, False)
-
-
 def stored_bytes(session: Session) -> dict[str, int]:
     """What lies in the object store, by kind. It adds up whole tables: ask seldom."""
     return {row.kind: int(row.bytes) for row in session.execute(text("SELECT kind, bytes FROM stored_bytes()"))}

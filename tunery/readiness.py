@@ -1,5 +1,6 @@
 """The questions that readiness asks: Postgres and its schema, Redis, the object store. Each gives up quickly."""
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -39,13 +40,15 @@ def redis(settings: RedisSettings) -> Part:
     return Part("redis", ask, required=False)
 
 
-def storage(settings: StorageSettings) -> Part:
+def storage(settings: StorageSettings, prefix: str | None = None) -> Part:
+    """`prefix`: what this identity may list, where it may not see the bucket as a whole."""
+
     @cache
     def impatient() -> Storage:
         return Storage(settings, patient=False)  # at the first question: a second client costs a start 100 ms
 
     def ask() -> None:
-        impatient().ping()
+        impatient().ping(prefix)
 
     return Part("storage", ask)
 
@@ -53,11 +56,19 @@ def storage(settings: StorageSettings) -> Part:
 @cache
 def known_revisions() -> tuple[str, ...]:
     """Of the migrations beside this code, newest first; none where they were not shipped."""
-    if not _MIGRATIONS.is_dir():
-        return ()
-    from alembic.script import ScriptDirectory
+    texts = [path.read_text() for path in (_MIGRATIONS / "versions").glob("*.py")]
+    # read, not imported: Alembic and what it brings are 20 MiB that no program needs while it runs
+    after = {_named("down_revision", text): _named("revision", text) for text in texts}
+    chain, newest = [], after.get(None)
+    while newest is not None:
+        chain.insert(0, newest)
+        newest = after.get(newest)
+    return tuple(chain)
 
-    return tuple(script.revision for script in ScriptDirectory(str(_MIGRATIONS)).walk_revisions())
+
+def _named(name: str, text: str) -> str | None:
+    found = re.search(rf'^{name}\b.*= "([^"]+)"', text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _compare(found: str | None, known: tuple[str, ...]) -> None:

@@ -58,9 +58,12 @@ class Storage:
         )
         self._transfer = TransferConfig(multipart_threshold=16 * MIB, multipart_chunksize=16 * MIB, max_concurrency=4)
 
-    def ping(self) -> None:
-        """Raises Unavailable unless the bucket can be reached."""
-        self._do(lambda: self._client.head_bucket(Bucket=self.bucket))
+    def ping(self, prefix: str | None = None) -> None:
+        """Raises Unavailable unless the bucket, or what lies below `prefix`, can be reached."""
+        if prefix is None:
+            self._do(lambda: self._client.head_bucket(Bucket=self.bucket))
+        else:
+            self._do(lambda: self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=1))
 
     def put(self, key: str, stream: BinaryIO) -> None:
         def sent(_: int) -> None:

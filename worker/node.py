@@ -80,7 +80,7 @@ class Node:
         self._heard: float | None = None
         parts = [
             readiness.database(settings),
-            readiness.storage(settings),
+            readiness.storage(settings, "a/"),
             readiness.redis(settings),
             Part("heartbeat", self._heartbeat),
             Part("doorbell", self._doorbell_answers, required=False),

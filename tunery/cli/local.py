@@ -69,9 +69,18 @@ def logs(
     ] = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as lines come.")] = False,
     lines: Annotated[int, typer.Option("-n", "--lines", help="So many of the last lines.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="The lines as they were written.")] = False,
 ) -> None:
-    """Show logs of the server on this machine."""
-    hand_over("tunery.embedded", "logs", *(service or []), *_flag("--follow", follow), "--lines", str(lines))
+    """Show logs of the server on this machine, in words; --json for programs."""
+    hand_over(
+        "tunery.embedded",
+        "logs",
+        *(service or []),
+        *_flag("--follow", follow),
+        *_flag("--json", as_json),
+        "--lines",
+        str(lines),
+    )
 
 
 def backup(

@@ -16,6 +16,7 @@ from tunery.embedded.home import CHECKOUT, AlreadyRunning, Home, default_home
 from tunery.embedded.identity import run_as
 from tunery.embedded.problems import Refused
 from tunery.embedded.programs import import_path
+from tunery.embedded.readable import readable
 from tunery.embedded.servers import External
 
 _LOG_NAMES = (*status.SERVICES, "up")
@@ -142,17 +143,18 @@ def _logs(home: Home, options: argparse.Namespace) -> int:
     console = Console(sys.stdout)
     for tail in tails:
         for line in tail.last:
-            _print_line(console, tail, line, alone=len(tails) == 1)
+            _print_line(console, tail, line, options, alone=len(tails) == 1)
     with contextlib.suppress(KeyboardInterrupt):
         while options.follow:
             for tail in tails:
                 for line in tail.read():
-                    _print_line(console, tail, line, alone=len(tails) == 1)
+                    _print_line(console, tail, line, options, alone=len(tails) == 1)
             time.sleep(0.2)
     return 0
 
 
-def _print_line(console: Console, tail: Tail, line: str, *, alone: bool) -> None:
+def _print_line(console: Console, tail: Tail, line: str, options: argparse.Namespace, *, alone: bool) -> None:
+    line = line if options.json else readable(line)
     if alone:
         console.plain(line)
     else:
@@ -189,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("services", nargs="*", metavar="SERVICE", help=", ".join(_LOG_NAMES))
     logs.add_argument("-f", "--follow", action="store_true")
     logs.add_argument("-n", "--lines", type=int, default=50)
+    logs.add_argument("--json", action="store_true", help="the lines as they were written")
     logs.set_defaults(command=_logs)
 
     joined.add_parsers(commands)

@@ -29,8 +29,15 @@ _SECRET_PATTERN = re.compile(r"TUNERY_((NODE_)?S3_.*|ADMIN_.*|.*_PASSWORD|.*_DAT
 
 class Programs:
     def __init__(
-        self, home: Home, servers: Servers, database_urls: Mapping[str, str], api_port: int, folder: Path = CHECKOUT
+        self,
+        home: Home,
+        servers: Servers,
+        database_urls: Mapping[str, str],
+        api_port: int,
+        ops_ports: Mapping[str, int],
+        folder: Path = CHECKOUT,
     ) -> None:
+        self.ops_ports = ops_ports
         self.home, self.servers, self.urls = home, servers, database_urls
         self.api_port, self.folder = api_port, folder
 
@@ -75,7 +82,9 @@ class Programs:
         command = Command(
             name=name,
             argv=[sys.executable, "-P", "-m", module],  # -P: nothing in the working directory may shadow a module
-            environment=inherited(self.folder) | {"TUNERY_REDIS_URL": self.servers.redis_url, **own},
+            environment=inherited(self.folder)
+            | {"TUNERY_OPS_HOST": ports.HOST, "TUNERY_OPS_PORT": str(self.ops_ports[name])}
+            | {"TUNERY_REDIS_URL": self.servers.redis_url, **own},
             cwd=cwd,
             stop_wait_s=stop_wait_s,
             # All that they know is in Postgres, and running attempts survive their node: a clean slate is safest.

@@ -17,6 +17,7 @@ from tunery.embedded.home import Home, write_private
 from tunery.embedded.problems import Refused
 from tunery.embedded.process import Child, cap_log
 from tunery.embedded.programs import Programs
+from tunery.embedded.readable import readable
 from tunery.embedded.servers import External, Servers
 
 DEFAULT_API_PORT = 8400
@@ -72,7 +73,7 @@ class Supervisor:
         urls = database.prepare(self.home, self.servers)
         self.console.say(f"database prepared ({time.monotonic() - began:.1f} s)")
         self.servers.wait("valkey")
-        programs = Programs(self.home, self.servers, urls, self.how.api_port, self.how.programs)
+        programs = Programs(self.home, self.servers, urls, self.how.api_port, self._ops_ports(), self.how.programs)
         self.programs = programs.children()
         self.tails = [] if self.how.detached else [Tail(child.name, child.log) for child in self.programs.values()]
         for child in self.programs.values():
@@ -124,7 +125,7 @@ class Supervisor:
     def _relay(self) -> None:
         for tail in self.tails:
             for line in tail.read():
-                self.console.say(line, tail.name)
+                self.console.say(readable(line), tail.name)
 
     def _stop(self) -> None:
         self.ready = False
@@ -141,6 +142,7 @@ class Supervisor:
 
     def _record(self) -> None:
         where = {"api": self.api_url, **{name: f"{ports.HOST}:{port}" for name, port in self._ports().items()}}
+        ops: dict[str, int] = self.home.state().get("ops_ports", {})
         services = {
             child.name: {
                 "state": "ready" if child.is_ready else "starting" if child.process else "down",
@@ -148,11 +150,18 @@ class Supervisor:
                 "started_at": child.started_at,
                 "restarts": child.restarts,
                 "where": where.get(child.name, ""),
+                "ops_url": f"http://{ports.HOST}:{ops[child.name]}" if child.name in ops else None,
                 "log": str(child.log),
             }
             for child in self._children().values()
         }
         self.home.update_state(ready=self.ready, api_url=self.api_url, api_port=self.how.api_port, services=services)
+
+    def _ops_ports(self) -> dict[str, int]:
+        """Where each program tells operators how it does: the same ports as last time, where they are free."""
+        chosen = ports.remembered(list(status.PROGRAMS), self.home.state().get("ops_ports", {}))
+        self.home.update_state(ops_ports=chosen)
+        return chosen
 
     def _ports(self) -> dict[str, int]:
         return self.home.state().get("ports", {})

@@ -30,6 +30,9 @@ class Dependencies(Collector):
     def __init__(self, program: str, health: Health) -> None:
         self._program, self._health = program, health
 
+    def describe(self) -> Iterable[Metric]:
+        return ()  # registering asks nothing
+
     def collect(self) -> Iterable[Metric]:
         report = self._health.report()
         build = InfoMetricFamily("tunery_build", "The program and its version.")
