@@ -37,7 +37,7 @@ def create_app(sessions: Sessions, storage: Storage, settings: ApiSettings) -> F
     )
     app.state.sessions, app.state.storage, app.state.settings = sessions, storage, settings
     app.state.redis = connect(settings.redis_url.get_secret_value())
-    asked = [readiness.database(settings), readiness.storage(settings), readiness.redis(settings)]
+    asked = [readiness.database(settings), readiness.storage(settings), readiness.redis(settings.redis_url)]
     app.state.health, app.state.probes = Health(asked), anyio.CapacityLimiter(4)
     errors.install(app)
     for module in (files, jobs, models, base_models, adapters, nodes, usage, identity, legacy, health):

@@ -17,7 +17,7 @@ from tunery.db import make_engine, make_sessions, refuse_privileged_role
 from tunery.dispatch import Doorbell, connect
 from tunery.settings import SchedulerSettings, StorageSettings, load
 from tunery.storage import Storage
-from tunery.telemetry import bind_process, configure_logs, tracing
+from tunery.telemetry import bind_process, configure_logs, hide_secrets, tracing
 from tunery.telemetry.health import Health, Part
 from tunery.telemetry.listener import listen
 from tunery.unreadable import hide_from_same_user
@@ -39,7 +39,7 @@ def main() -> int:
     bind_process(holder=holder)
     sessions = make_sessions(engine)
     scheduler = Scheduler(sessions, doorbell, settings, holder, _storage())
-    parts = [readiness.database(settings), readiness.redis(settings), Part("loops", scheduler.loops)]
+    parts = [readiness.database(settings), readiness.redis(settings.redis_url), Part("loops", scheduler.loops)]
     collectors = [Leadership(lambda: scheduler.epoch), Fleet(sessions, settings.lease_s)]
     listen("scheduler", settings, Health(parts, scheduler.told), collectors)
     structlog.get_logger().info("scheduler started")
@@ -51,7 +51,9 @@ def main() -> int:
 def _storage() -> Storage | None:
     """Only deleting needs one: a scheduler without an identity there does all the rest."""
     try:
-        return Storage(StorageSettings())  # type: ignore[call-arg] - from the environment
+        settings = StorageSettings()  # type: ignore[call-arg] - from the environment
+        hide_secrets(settings)
+        return Storage(settings)
     except ValidationError:
         return None
 

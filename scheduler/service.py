@@ -116,7 +116,8 @@ class Scheduler:
         while not self._stop.is_set():
             try:
                 work()
-                self._looked[name] = time.monotonic()
+                if name in self._looked:
+                    self._looked[name] = time.monotonic()
             except Deposed:
                 self._epoch = None
                 log.warning("deposed", loop=name)

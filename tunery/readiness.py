@@ -4,11 +4,12 @@ import re
 from functools import cache
 from pathlib import Path
 
+from pydantic import SecretStr
 from sqlalchemy import text
 
 from tunery.db import make_engine
 from tunery.dispatch import connect
-from tunery.settings import DatabaseSettings, RedisSettings, StorageSettings
+from tunery.settings import DatabaseSettings, StorageSettings
 from tunery.storage import Storage
 from tunery.telemetry.health import NotReady, Part
 
@@ -30,9 +31,9 @@ def database(settings: DatabaseSettings) -> Part:
     return Part("database", ask)
 
 
-def redis(settings: RedisSettings) -> Part:
+def redis(url: SecretStr) -> Part:
     """Not required: jobs are taken and run without it, only found a few seconds later."""
-    client = connect(settings.redis_url.get_secret_value(), timeout_s=1)
+    client = connect(url.get_secret_value(), timeout_s=1)
 
     def ask() -> None:
         client.ping()

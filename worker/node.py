@@ -81,11 +81,11 @@ class Node:
         parts = [
             readiness.database(settings),
             readiness.storage(settings, "a/"),
-            readiness.redis(settings),
             Part("heartbeat", self._heartbeat),
-            Part("doorbell", self._doorbell_answers, required=False),
             Part("disk", self._disk, required=False),
         ]
+        if settings.redis_url is not None:
+            parts += [readiness.redis(settings.redis_url), Part("doorbell", self._doorbell_answers, required=False)]
         self.health = Health(parts, lambda: {"node": str(node_id), "attempts": len(self._supervisors)})
         self.meters = AttemptMeters(self._attempts, lambda name: locks.is_taken(self._lock(name)))
 
