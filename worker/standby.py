@@ -15,8 +15,9 @@ from pathlib import Path
 from sqlalchemy.orm import configure_mappers
 
 from tunery.db import make_engine
-from tunery.settings import NodeSettings
+from tunery.settings import NodeSettings, load
 from tunery.storage import Storage
+from tunery.unreadable import hide_from_same_user
 from worker import supervisor
 
 _ROOT = Path(__file__).parent.parent
@@ -74,7 +75,8 @@ def _open(log: str | Path) -> int:
 
 def main() -> int:
     """Load, wait for a line `ATTEMPT LOG`, become its supervisor."""
-    settings = NodeSettings()  # type: ignore[call-arg] - from the environment
+    hide_from_same_user()  # it holds the node's secrets from its first moment
+    settings = load(NodeSettings)
     # none of these is used, none has connected: making them loads what is loaded at first use
     Storage(settings)
     make_engine(settings.database_url.get_secret_value())

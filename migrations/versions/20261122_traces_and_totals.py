@@ -5,7 +5,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "traces"
-down_revision = "storage"
+down_revision = "node_imports"
 branch_labels = None
 depends_on = None
 
