@@ -21,6 +21,7 @@ from typing import Any, Literal
 from redis import Redis
 from redis.exceptions import RedisError
 from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
 
 from tests.chaos.deployment import Deployment, Program
 from tests.chaos.faults import PASS, SLOW_DOWN, Fault, blackhole, hold, http_error, latency, refuse, reset
@@ -122,7 +123,7 @@ class Nemesis:
     # ---- who -----------------------------------------------------------------------------------------------------
 
     def _choose(self, kind: str) -> Victim:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(SQLAlchemyError):  # the database may be the last victim
             match kind:
                 case "trainer" | "supervisor":
                     return self._of_attempt(kind)
@@ -131,12 +132,14 @@ class Nemesis:
                 case "scheduler":
                     return self._scheduler()
                 case "api":
-                    asked = self.workload.requests_lately()
-                    pid = self.deployment.program("api").pid
-                    return Victim(
-                        "api", "api", pid, f"{asked} requests in the last second", pid is not None and asked > 0
-                    )
-        return self._of_all(kind)
+                    return self._api()
+                case _:
+                    return self._of_all(kind)
+        return Victim(kind, kind, None, "nobody could say", busy=False)
+
+    def _api(self) -> Victim:
+        asked, pid = self.workload.requests_lately(), self.deployment.program("api").pid
+        return Victim("api", "api", pid, f"{asked} requests in the last second", pid is not None and asked > 0)
 
     def _of_attempt(self, kind: str) -> Victim:
         found = []
@@ -248,7 +251,7 @@ class Nemesis:
         try:
             with self._look() as session:
                 return list(session.scalars(select(Attempt).where(Attempt.state.in_(LIVE_ATTEMPT))))
-        except Exception:  # the database may be the last victim
+        except SQLAlchemyError:  # the database may be the last victim
             return []
 
     def _spare_the_weak(self) -> None:
@@ -268,7 +271,7 @@ class Nemesis:
         try:
             with self._look() as session:
                 return session.scalar(query) is not None
-        except Exception:
+        except SQLAlchemyError:
             return False
 
 
