@@ -9,7 +9,7 @@ import structlog
 import uvicorn
 
 from api.main import create_app
-from tunery.db import PrivilegedRole, make_engine, make_sessions, refuse_privileged_role
+from tunery.db import PrivilegedRole, await_own_role, make_engine, make_sessions
 from tunery.settings import ApiSettings, load
 from tunery.storage import Storage
 from tunery.telemetry import configure_logs, tracing
@@ -51,7 +51,7 @@ def main() -> int:
     tracing.set_up("api")
     engine = make_engine(settings.database_url.get_secret_value(), pool_size=POOL)
     try:
-        refuse_privileged_role(engine)
+        await_own_role(engine)
     except PrivilegedRole as error:
         log.error("refusing to start", reason=str(error))
         return 2

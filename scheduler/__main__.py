@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from scheduler.metrics import Fleet, Leadership
 from scheduler.service import Scheduler
 from tunery import readiness
-from tunery.db import make_engine, make_sessions, refuse_privileged_role
+from tunery.db import await_own_role, make_engine, make_sessions
 from tunery.dispatch import Doorbell, connect
 from tunery.settings import SchedulerSettings, StorageSettings, load
 from tunery.storage import Storage
@@ -30,7 +30,7 @@ def main() -> int:
     tracing.set_up("scheduler")
     # a frozen leader's transaction holds the leader's row: it may do so no longer than the lead itself lasts
     engine = make_engine(settings.database_url.get_secret_value(), idle_timeout_s=settings.leader_ttl_s)
-    refuse_privileged_role(engine)
+    await_own_role(engine)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

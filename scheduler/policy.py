@@ -59,7 +59,7 @@ def _take(node: NodeView, start: Start) -> NodeView:
 def _reason(job: JobView, nodes: list[NodeView], able: list[NodeView], ahead: int) -> str:
     need = f"needs {job.gpus} x {job.required_bytes / GIB:.1f} GiB"
     if not nodes:
-        return f"{need}; no node is up"
+        return f"{need}; no node is up that has room on its disk"
     if not able:
         largest = max((gpu.usable_bytes for node in nodes for gpu in node.gpus), default=0)
         return f"{need} on one node, but the largest device that is up has {largest / GIB:.1f} GiB"

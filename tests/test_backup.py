@@ -23,9 +23,12 @@ from tests import servers as embedded
 from tests.factories import Database, FleetNode, Tenant
 from tests.fleet import CARD, CLOCKS, ROWS
 from tunery import bootstrap
+from tunery.backup import make
+from tunery.backup.folder import Entry, Folder, is_whole
 from tunery.contracts.events import FileEntry
 from tunery.embedded import ports
 from tunery.embedded.servers import Servers
+from tunery.references import Reference
 from tunery.settings import StorageSettings
 from tunery.storage import Storage
 
@@ -336,3 +339,13 @@ def test_what_is_no_backup_is_refused(elsewhere: Callable[..., Elsewhere], tmp_p
     (mine / "photo.jpg").touch()
     refused = elsewhere(database.name).backup()
     assert refused.returncode == 1 and "holds other things" in refused.stderr
+
+
+def test_a_size_that_a_row_has_wrong_damages_no_backup(storage: Storage, tmp_path: Path) -> None:
+    """A trainer named it; restoring would otherwise refuse everybody's data."""
+    key, folder = "a/of/a/liar", Folder(tmp_path)
+    said = stored(storage, key, b"weights")
+    for _ in range(2):
+        found, lost = make._copy(storage, folder, Reference(key, 10**9, said.sha256))
+        assert (found, lost) == ({key: Entry(7, said.sha256)}, [])
+        assert is_whole(folder.place(key), found[key])

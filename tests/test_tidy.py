@@ -10,18 +10,18 @@ import boto3
 import psycopg
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import func, select, text, update
+from sqlalchemy import event, func, select, text, update
 
 from scheduler.tidy import Tidy
 from tests import factories
 from tests.factories import Database, FleetNode, Tenant, Work
-from tunery import files, ids, jobs, leases, progress, queue, trash
+from tunery import files, ids, jobs, leases, orphans, progress, queue, trash
 from tunery.contracts.events import Checkpoint as CheckpointSaid
 from tunery.contracts.events import FileEntry
 from tunery.db import Sessions, transaction
 from tunery.embedded.servers import Servers
 from tunery.errors import Conflict, Unavailable
-from tunery.models import Attempt, Checkpoint, Dataset, File, Job, ObjectDeletion
+from tunery.models import Attempt, Checkpoint, Dataset, File, Job, ObjectDeletion, Task
 from tunery.queue import Deposed
 from tunery.settings import Retention, StorageSettings
 from tunery.states import FailureCode
@@ -410,3 +410,35 @@ def test_what_a_hold_comes_too_late_for_is_not_read_twice(scheduler: Sessions, p
         trash.done(session, [number for number, _ in mine])
     with transaction(scheduler) as session:
         assert not set(session.scalars(select(ObjectDeletion.key))) & {"u/x", "a/y/"}
+
+
+def test_rows_recorded_while_the_sweep_asks_are_kept(project: Tenant, node: FleetNode, scheduler: Sessions) -> None:
+    """A data check that ends between the sweep's two questions has recorded its dataset by then."""
+    work = factories.submitted(project, node)
+    key = ""
+
+    def finish(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        nonlocal key
+        if key and ("FROM datasets" in statement or "FROM tasks" in statement):
+            done, key = key, ""
+            with factories.owner(project.database) as session, session.begin():
+                session.add(
+                    Dataset(
+                        project_id=project.project_id, source_sha256="s", checker="1", sha256=factories.SHA,
+                        object_key=done, bytes=1, rows=1, shape="messages", max_row_bytes=1,
+                    )
+                )  # fmt: skip
+                ended = {"state": "succeeded", "lease_expires_at": None}
+                session.execute(update(Task).where(Task.job_id == work.job_id).values(ended))
+
+    with factories.owner(project.database) as session:
+        task = session.scalars(select(Task.id).where(Task.job_id == work.job_id)).one()
+    asked = key = f"a/{project.project_id}/{task}/datasets/{factories.SHA}"
+    engine = scheduler.kw["bind"]
+    event.listen(engine, "after_cursor_execute", finish)
+    try:
+        with transaction(scheduler) as session:
+            assert orphans.unreferenced(session, [asked]) == []
+    finally:
+        event.remove(engine, "after_cursor_execute", finish)
+    assert key == ""

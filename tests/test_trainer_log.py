@@ -1,6 +1,8 @@
 """What a trainer prints: secrets taken out across the borders of pieces, and no more on disk than the cap."""
 
 import os
+import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunery.redaction import Redactor, redact
+from worker import trainer_log
 from worker.trainer_log import TrainerLog
 
 SECRETS = {
@@ -112,3 +115,18 @@ def test_somebody_who_keeps_the_pipe_open_is_not_waited_for(tmp_path: Path) -> N
     os.close(end)
     assert time.monotonic() - began < 10
     assert (tmp_path / "log").read_bytes() == b"last words"
+
+
+def test_a_survivor_that_writes_for_ever_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_log, "_LAST_WORDS_S", 0.2)
+    kept = TrainerLog(tmp_path / "trainer.log", 1 << 20)
+    survivor = subprocess.Popen(["yes"], stdout=kept.start())
+    kept.handed_over()
+    try:
+        ended = threading.Thread(target=kept.finish, daemon=True)
+        ended.start()
+        ended.join(20)
+        assert not ended.is_alive()
+    finally:
+        survivor.kill()
+        survivor.wait()

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from pydantic import SecretStr
@@ -17,16 +18,21 @@ from sqlalchemy import func, select, text, update
 from scheduler.service import Scheduler
 from tests import factories
 from tests.factories import Database, FleetNode, Tenant
-from tunery import leases, progress
-from tunery.contracts.events import Stopped, Warning
-from tunery.db import make_engine, make_sessions, transaction
+from tunery import attempt_logs, leases, nodes, progress
+from tunery import queue as tunery_queue
+from tunery.contracts.events import FileEntry, Finished, Stopped, Warning
+from tunery.db import PrivilegedRole, await_own_role, make_engine, make_sessions, transaction
 from tunery.models import Checkpoint, Job, Task
+from tunery.models import Node as Model
 from tunery.settings import SchedulerSettings
 from tunery.states import FailureCode, StopReason
+from tunery.storage import Storage
 from worker.ending import Ending
 from worker.keeper import Keeper
 from worker.node import Node, _doorbell
 from worker.recorder import Recorder
+from worker.uploads import LogUploads
+from worker.workspace import Workspace
 
 
 @pytest.fixture(autouse=True)
@@ -178,3 +184,84 @@ def test_ticks_go_on_and_the_outage_is_noticed_while_postgres_hangs(
     finally:
         os.kill(backend, signal.SIGCONT)
         keeper.stop()
+
+
+# ---- a host or a server in trouble --------------------------------------------------------------------------------
+
+
+def test_a_node_whose_disk_is_full_gets_no_work_until_there_is_room(
+    project: Tenant, node: FleetNode, tmp_path: Path
+) -> None:
+    self: Any = Node.__new__(Node)
+    self._settings, self._full = SimpleNamespace(home=tmp_path, model_store=None, min_free_disk_bytes=1 << 60), False
+    queued = factories.queued(project, node)
+    with node.transaction() as session:
+        boot_id = session.scalars(select(Model.boot_id).where(Model.id == node.id)).one()
+    for least, usable in ((1 << 60, False), (0, True)):
+        self._settings.min_free_disk_bytes = least
+        with node.transaction() as session:
+            assert nodes.heartbeat(session, node.id, boot_id, self._room())
+        with transaction(node.database.sessions("tunery_scheduler")) as session:
+            world = tunery_queue.snapshot(session, silent_after_s=45)
+        assert (node.id in {each.id for each in world.nodes}) == usable
+    assert queued.job_id in {job.id for job in world.jobs}
+
+
+def test_a_program_waits_for_its_database_and_never_for_a_forbidden_role(
+    database: Database,
+) -> None:
+    url = database.url("tunery_scheduler")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    real = urlsplit(url)
+
+    def open_later() -> None:
+        time.sleep(0.3)
+        proxy = socket.create_server(("127.0.0.1", port))
+        with proxy:
+            near, _ = proxy.accept()
+            far = socket.create_connection((real.hostname or "", real.port or 5432))
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
+
+    threading.Thread(target=open_later, daemon=True).start()
+    place = f"{real.username}:{real.password}@127.0.0.1:{port}"
+    engine = make_engine(real._replace(netloc=place).geturl())
+    await_own_role(engine)  # without waiting it would have raised at once
+    engine.dispose()
+    with pytest.raises(PrivilegedRole):
+        await_own_role(make_engine(database.url("tunery_migrate")))
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    while data := source.recv(65536):
+        sink.sendall(data)
+
+
+def test_a_log_chunk_that_may_have_been_stored_is_sent_again_as_it_was(
+    project: Tenant, node: FleetNode, storage: Storage, tmp_path: Path
+) -> None:
+    work = factories.running(project, node)
+    sessions = node.database.sessions("tunery_worker", node_id=node.id)
+    broken = make_sessions(make_engine("postgresql://nobody@127.0.0.1:1/x"))
+    workspace = Workspace(tmp_path)
+    workspace.log.write_bytes(b"first")
+    mine: Any = SimpleNamespace(project_id=project.project_id, attempt_id=work.attempt_id, fence=work.fence)
+    uploads = LogUploads(mine, workspace, storage, broken, SimpleNamespace(max_log_bytes=1 << 20))  # type: ignore[arg-type]
+    assert not uploads._ship()  # stored, and not noted
+    with workspace.log.open("ab") as log:
+        log.write(b" and second")
+    uploads._sessions = sessions  # type: ignore[assignment]
+    assert uploads._ship() and uploads._ship() and not uploads._ship()
+    prefix = attempt_logs.chunk_prefix(project.project_id, work.attempt_id)
+    assert [storage.get_bytes(key) for key in storage.keys(prefix)] == [b"first", b" and second"]
+    assert factories.attempt(work).log_bytes == 16
+
+
+def test_a_trainer_that_finishes_without_weights_fails_its_job(project: Tenant, node: FleetNode) -> None:
+    work = factories.running(project, node)
+    sessions: Any = node.database.sessions("tunery_worker", node_id=node.id)
+    ending = Ending(work, None, None, sessions, SimpleNamespace(outage_grace_s=5))  # type: ignore[arg-type]
+    said = FileEntry(name="notes.txt", bytes=1, sha256=factories.SHA)
+    ending.settle(Finished(path="/w/output", files=[said], tokens=1), None, trainer_gone=True)
+    assert factories.attempt(work).failure_code == "corrupt_artifact"

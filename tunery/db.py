@@ -1,13 +1,16 @@
 """Sessions, transactions and the tenant that each transaction is bound to."""
 
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain, repeat
 from typing import Any
 
 import structlog
 from sqlalchemy import Connection, MetaData, create_engine, event, text
 from sqlalchemy.engine import URL, Engine, make_url
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Session, SessionTransaction, sessionmaker
 
 log = structlog.get_logger(__name__)
@@ -25,6 +28,10 @@ NAMING = {
 
 class Base(DeclarativeBase):
     metadata = MetaData(naming_convention=NAMING)
+
+
+_PAUSES_S = (0.2, 0.5, 1, 2, 5)
+"""Between tries of a program that starts before its database."""
 
 
 class PrivilegedRole(RuntimeError):
@@ -112,6 +119,23 @@ def transaction(sessions: Sessions | Callable[[], Session]) -> Iterator[Session]
 def after_commit(session: Session, callback: Callable[[], Any]) -> None:
     """Run `callback` once the transaction has committed; never if it rolls back."""
     session.info.setdefault("after_commit", []).append(callback)
+
+
+def await_own_role(engine: Engine) -> None:
+    """Wait until the database answers, and refuse a role that row-level security would not bind.
+
+    A program that starts before its database, or beside one that restarts, is early and not broken.
+
+    Raises:
+        PrivilegedRole: the role may not be used.
+    """
+    for pause_s in chain(_PAUSES_S, repeat(_PAUSES_S[-1])):
+        try:
+            refuse_privileged_role(engine)
+            return
+        except OperationalError as error:
+            log.warning("waiting for the database", error=str(error.orig).strip()[:300])
+        time.sleep(pause_s)
 
 
 def refuse_privileged_role(engine: Engine, owner: str = "tunery_owner") -> None:

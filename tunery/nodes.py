@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import case, func, select, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import case, cast, func, select, update
+from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session
 
 from tunery import wake
@@ -69,10 +69,16 @@ def register(
     wake.scheduler(session)
 
 
-def heartbeat(session: Session, node_id: uuid.UUID, boot_id: uuid.UUID) -> bool:
-    """Say that this node lives. False: another process has registered under this node's id."""
+def heartbeat(session: Session, node_id: uuid.UUID, boot_id: uuid.UUID, said: Mapping[str, Any] | None = None) -> bool:
+    """Say that this node lives, and what has changed in its `info`; `disk_full` there keeps new work away.
+
+    False: another process has registered under this node's id.
+    """
     mine = (Node.id == node_id, Node.boot_id == boot_id)
-    found = session.execute(update(Node).where(*mine).values(last_seen_at=func.now()).returning(Node.id))
+    news: dict[str, Any] = {"last_seen_at": func.now()}
+    if said:
+        news["info"] = Node.info.op("||")(cast(said, JSONB))
+    found = session.execute(update(Node).where(*mine).values(news).returning(Node.id))
     return found.first() is not None
 
 

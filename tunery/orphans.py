@@ -65,11 +65,12 @@ def _files(session: Session, places: Sequence[Place]) -> set[str]:
 
 
 def _datasets(session: Session, places: Sequence[Place]) -> set[str]:
+    """Open tasks are asked for first: one that ends in between has recorded what it has to record."""
+    owners = {place.owner for place in places}
+    busy = set(session.scalars(select(Task.id).where(Task.id.in_(owners), Task.state.in_(_OPEN_TASK))))
     recorded = set(
         session.scalars(select(Dataset.object_key).where(Dataset.object_key.in_([place.key for place in places])))
     )
-    owners = {place.owner for place in places}
-    busy = set(session.scalars(select(Task.id).where(Task.id.in_(owners), Task.state.in_(_OPEN_TASK))))
     return recorded | {place.key for place in places if place.owner in busy}
 
 

@@ -96,7 +96,9 @@ def snapshot(session: Session, silent_after_s: float) -> Snapshot:
 
 def _nodes(session: Session, silent_after_s: float) -> Iterable[NodeView]:
     heard = Node.last_seen_at > func.now() - timedelta(seconds=silent_after_s)
-    nodes = session.execute(select(Node.id, Node.name).where(Node.state == "up", heard).order_by(Node.name)).all()
+    has_room = Node.info["disk_full"].as_boolean().is_not(True)
+    usable = select(Node.id, Node.name).where(Node.state == "up", heard, has_room)
+    nodes = session.execute(usable.order_by(Node.name)).all()
     gpus: dict[uuid.UUID, list[GpuView]] = defaultdict(list)
     for gpu in session.scalars(select(Gpu).where(Gpu.state == "healthy").order_by(Gpu.node_id, Gpu.index)):
         free = gpu.usable_bytes - gpu.reserved_bytes

@@ -168,6 +168,8 @@ class NodeSettings(DatabaseSettings, StorageSettings, Clocks, OpsSettings):
     model_store: Path | None = None
     """Base models on local disk, shared by this node's attempts; default `<home>/models`."""
     node_name: str = "local"
+    min_free_disk_bytes: int = Field(default=1024 * MIB, ge=0)
+    """With less room on the disk of `home` or `model_store` a node gets no new work; what runs goes on."""
     cpu_task_slots: int = Field(default=2, ge=1)
     max_unstored_checkpoints: int = Field(default=2, ge=1)
     log_chunk_s: float = 5

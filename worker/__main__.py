@@ -6,7 +6,7 @@ import uuid
 
 import structlog
 
-from tunery.db import make_engine, make_sessions, refuse_privileged_role
+from tunery.db import await_own_role, make_engine, make_sessions
 from tunery.ids import uuid7
 from tunery.settings import NodeSettings, load
 from tunery.storage import Storage
@@ -38,7 +38,7 @@ def main() -> int:
         lock.flush()
         url, tasks = settings.database_url.get_secret_value(), settings.cpu_task_slots
         engine = make_engine(url, pool_size=tasks + 2, idle_timeout_s=settings.lease_s)
-        refuse_privileged_role(engine)
+        await_own_role(engine)
         node_id = _identity(settings)
         bind_process(node=str(node_id))
         try:

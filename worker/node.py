@@ -42,7 +42,6 @@ log = structlog.get_logger(__name__)
 
 _RESPAWN_S = 3.0
 _KEEP_LOGS_S = 7 * 24 * 3600
-_LOW_DISK = 2 * inventory.GIB
 
 
 class Replaced(Exception):
@@ -77,6 +76,7 @@ class Node:
         self._ring: subprocess.Popen[bytes] | None = None
         self._ring_after = 0.0
         self._stopping = False
+        self._full = False
         self._heard: float | None = None
         parts = [
             readiness.database(settings),
@@ -110,7 +110,7 @@ class Node:
 
     def _poll(self) -> None:
         with transaction(self._sessions) as session:
-            if not nodes.heartbeat(session, self._id, self._boot_id):
+            if not nodes.heartbeat(session, self._id, self._boot_id, self._room()):
                 raise Replaced(str(self._id))
             self._heard = time.monotonic()
             mine = nodes.assigned(session, self._id)
@@ -176,8 +176,19 @@ class Node:
                 nodes.mark_clean(session, self._id, device)
             log.info("a GPU is clean again", gpu=device)
 
+    def _room(self) -> dict[str, object]:
+        """For the node's `info`. A full disk fails whatever is sent here, again and again: better somewhere else."""
+        store = self._settings.model_store or self._settings.home
+        free = min(shutil.disk_usage(folder).free for folder in (self._settings.home, store) if folder.exists())
+        full = free < self._settings.min_free_disk_bytes
+        if full != self._full:
+            say = log.error if full else log.info
+            say("this node takes no new work: its disk is full" if full else "the disk has room again", free_bytes=free)
+        self._full = full
+        return {"disk_free_bytes": free, "disk_full": full}
+
     def _take_tasks(self) -> None:
-        while not self._stopping and self._busy.acquire(blocking=False):
+        while not self._stopping and not self._full and self._busy.acquire(blocking=False):
             lease = None
             try:
                 with transaction(self._sessions) as session:
@@ -240,7 +251,7 @@ class Node:
             slots=len(devices),
             task_slots=self._settings.cpu_task_slots,
             version=__version__,
-            info={"host": socket.gethostname(), **self._isolation},
+            info={"host": socket.gethostname(), **self._isolation, **self._room()},
         )
 
     # ---- what readiness asks --------------------------------------------------------------------------------
@@ -259,9 +270,8 @@ class Node:
         return "ok"
 
     def _disk(self) -> str:
-        free = shutil.disk_usage(self._settings.home).free
-        if free < _LOW_DISK:
-            raise NotReady(f"{free / inventory.GIB:.1f} GiB free")
+        if self._full:
+            raise NotReady(f"less than {self._settings.min_free_disk_bytes / inventory.GIB:.1f} GiB free")
         return "ok"
 
     def _drain(self) -> None:

@@ -43,7 +43,7 @@ class Recorder:
 
     def write_through(self, seq: int) -> None:
         """Store every event up to `seq` now. Raises Fenced, and DBAPIError while the database is away."""
-        while self._waiting and self._waiting[0].seq <= seq:
+        while (oldest := self._oldest()) is not None and oldest.seq <= seq:
             try:
                 self._flush()
             except DBAPIError as error:
@@ -74,6 +74,10 @@ class Recorder:
                     with suppress(Fenced):  # the next round meets it again
                         self._salvage()
                 self._over.wait(1)
+
+    def _oldest(self) -> Event | None:
+        with self._lock:  # the recorder's own thread may be taking it out right now
+            return self._waiting[0] if self._waiting else None
 
     def _flush(self) -> None:
         self._write(_BATCH)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import structlog
 from pydantic import ValidationError
+from sqlalchemy.engine import Engine
 
 from tunery import failpoints, ids, leases, nodes
 from tunery.contracts.channel import LineTooLong, read_lines, send_line
@@ -210,8 +211,12 @@ class Supervisor:
         if not any(kind == "cuda" for kind, _ in self._work.devices) or self._work.engine_socket is not None:
             return False
         node_id = self._sessions.kw["info"]["node_id"]
-        with transaction(self._sessions) as session:
-            neighbours = nodes.neighbours(session, self._work.attempt_id)
+
+        def ask() -> list[uuid.UUID]:
+            with transaction(self._sessions) as session:
+                return nodes.neighbours(session, self._work.attempt_id)
+
+        neighbours = persist("asking who shares the devices", ask, self._settings.outage_grace_s)
         reasons = launch_guard.look(self._driver, self._work.devices, neighbours)
         if not reasons:
             return False
@@ -402,10 +407,11 @@ def main(attempt: str) -> int:
     # cut off in the middle of a transaction, we must not keep the job locked until after our lease is over
     url = settings.database_url.get_secret_value()
     engine = make_engine(url, pool_size=3, idle_timeout_s=settings.lease_s)
-    refuse_privileged_role(engine)
     sessions = make_sessions(engine, node_id=node_id)
     claimed_by = f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
-    work = persist("claiming", lambda: _claim(sessions, attempt, claimed_by, settings), settings.claim_timeout_s)
+    work = persist(
+        "claiming", lambda: _claim(engine, sessions, attempt, claimed_by, settings), settings.claim_timeout_s
+    )
     if work is None:
         log.info("nothing to claim")
     else:
@@ -437,7 +443,8 @@ def _follow(work: Work, job: str, began: float) -> Span:
     return span
 
 
-def _claim(sessions: Sessions, attempt: str, claimed_by: str, settings: NodeSettings) -> Work | None:
+def _claim(engine: Engine, sessions: Sessions, attempt: str, claimed_by: str, settings: NodeSettings) -> Work | None:
+    refuse_privileged_role(engine)
     with transaction(sessions) as session:
         return claim(session, uuid.UUID(attempt), claimed_by, settings.lease_s)
 

@@ -1,8 +1,10 @@
 """What a trainer prints, on its way to disk: redacted, and capped so that no trainer fills the node's disk."""
 
+import math
 import os
 import select
 import threading
+import time
 from pathlib import Path
 
 from tunery.redaction import OVERLAP, Redactor, redact
@@ -10,6 +12,8 @@ from tunery.redaction import OVERLAP, Redactor, redact
 _TAIL = 32 * 1024
 """Of what came after the cap, so much of the end is kept: a traceback stands there."""
 _READ = 64 * 1024
+_LAST_WORDS_S = 5.0
+"""What a trainer wrote before it ended is read for so long: a survivor of it may write for ever."""
 
 
 class TrainerLog:
@@ -43,8 +47,10 @@ class TrainerLog:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            over = self._over.is_set()
+        until = math.inf
+        while time.monotonic() < until:
+            if (over := self._over.is_set()) and until == math.inf:
+                until = time.monotonic() + _LAST_WORDS_S
             ready, _, _ = select.select([self._read], [], [], 0 if over else 0.2)
             if ready:
                 if not (data := os.read(self._read, _READ)):

@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 STORAGE_GRACE_S = 1800
 """A finished attempt waits so long for the object store before it gives up."""
+_CHUNK_BYTES = 4 * 1024 * 1024
 
 
 def prefix(work: Work) -> str:
@@ -151,7 +152,7 @@ class LogUploads:
     ) -> None:
         self._work, self._log, self._storage = work, workspace.log, storage
         self._sessions, self._settings = sessions, settings
-        self._sent = 0
+        self._sent, self._chunk = 0, b""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="logs", daemon=True)
 
@@ -171,12 +172,8 @@ class LogUploads:
     def _ship(self) -> bool:
         """True if there may be more. Best effort: what cannot be stored now is tried again with the next chunk."""
         try:
-            room = self._settings.max_log_bytes - self._sent
-            if room <= 0 or not self._log.exists():
-                return False
-            with self._log.open("rb") as stream:
-                stream.seek(self._sent)
-                chunk = stream.read(min(room, 4 * 1024 * 1024))
+            # one that was sent and perhaps stored is sent again as it was: objects never change
+            self._chunk = chunk = self._chunk or self._next()
             if not chunk:
                 return False
             self._storage.put_bytes(
@@ -185,10 +182,18 @@ class LogUploads:
             with transaction(self._sessions) as session:
                 size = self._sent + len(chunk)
                 attempt_logs.note_size(session, self._work.attempt_id, self._work.fence, size)
-            self._sent += len(chunk)
+            self._sent, self._chunk = size, b""
             return True
         except Fenced:
             self._over.set()
         except (Unavailable, DBAPIError, OSError) as error:
             log.warning("log chunk not stored", error=str(error)[:200])
         return False
+
+    def _next(self) -> bytes:
+        room = self._settings.max_log_bytes - self._sent
+        if room <= 0 or not self._log.exists():
+            return b""
+        with self._log.open("rb") as stream:
+            stream.seek(self._sent)
+            return stream.read(min(room, _CHUNK_BYTES))

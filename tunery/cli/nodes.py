@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 app = group("The machines of a deployment: token, join, start, stop, list, show, remove.")
 NodeRef = Annotated[str, typer.Argument(metavar="NODE", help="A node's name or id.")]
 Detach = Annotated[bool, typer.Option("-d", "--detach", help="Leave it in the background; else Ctrl-C stops it.")]
+_APART = ("layers", "disk_free_bytes", "disk_full")
+"""Of what a node says of itself, what is shown in words of its own."""
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -118,8 +120,9 @@ def show(node: NodeRef, as_json: Json = False) -> None:
             ("heard", ago(found.get("last_seen_at"))),
             ("registered", date(found.get("registered_at"))),
             ("task slots", found.get("task_slots")),
+            ("disk", _disk(info)),
             *[(f"device {one.get('index')}", _device(one)) for one in found.get("devices") or []],
-            *[(name.replace("_", " "), _word(value)) for name, value in info.items() if name != "layers"],
+            *[(name.replace("_", " "), _word(value)) for name, value in info.items() if name not in _APART],
             *[(f"wall: {layer.get('name')}", _layer(layer)) for layer in info.get("layers") or []],
         ]
     )
@@ -190,6 +193,12 @@ def _layer(layer: Any) -> str:
     state = "up" if layer.get("on") else "absent"
     fix = f"; fix: {layer['fix']}" if layer.get("fix") and not layer.get("on") else ""
     return f"{state}; {layer.get('detail')}{fix}"
+
+
+def _disk(info: dict[str, Any]) -> str | None:
+    if (free := info.get("disk_free_bytes")) is None:
+        return None
+    return f"{size(free)} free{'; too little: it takes no new work' if info.get('disk_full') else ''}"
 
 
 def _word(value: object) -> str | None:

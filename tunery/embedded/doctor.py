@@ -108,7 +108,12 @@ def _disk(home: Home) -> Check:
     free = shutil.disk_usage(existing).free
     detail = f"{free / GIB:.1f} GiB free at {existing}"
     if free < _LEAST_FREE_BYTES:
-        return Check("disk", Level.FAIL, detail, "free some space, or TUNERY_HOME=<a folder on a larger disk>")
+        return Check(
+            "disk",
+            Level.FAIL,
+            detail,
+            "free some space, or TUNERY_HOME=<a folder on a larger disk>; a node takes no work here",
+        )
     return Check("disk", Level.OK if free > _COMFORTABLE_BYTES else Level.WARN, detail)
 
 
