@@ -2,6 +2,7 @@
 
 import os
 import pty
+import resource
 import secrets
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from tests.servers import temporary_home
 from tunery import bootstrap, node_logins
-from tunery.db_commands import read_env
+from tunery.db_commands import keep_secrets, read_env
 from tunery.embedded import binaries, ports
 from tunery.embedded.servers import External, Servers
 
@@ -185,3 +186,19 @@ def test_server_that_is_too_old_is_refused(admin_url: str, monkeypatch: pytest.M
     monkeypatch.setattr(bootstrap, "OLDEST_POSTGRES", 99)
     with pytest.raises(bootstrap.Unsuitable, match=r"the server is PostgreSQL 1\d\.\d+; 99 or later is needed"):
         bootstrap.create_roles(admin_url, {role: secrets.token_urlsafe() for role in bootstrap.LOGIN_ROLES})
+
+
+def test_a_file_of_secrets_is_closed_to_others_and_outlives_a_full_disk(tmp_path: Path) -> None:
+    file = tmp_path / "tunery.env"
+    file.write_text("TUNERY_KEY_PEPPER='old'\n")
+    file.chmod(0o644)
+    known, passwords = keep_secrets(file)
+    assert file.stat().st_mode & 0o777 == 0o600
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))  # as a disk that is full after ten bytes
+    try:
+        with pytest.raises(OSError):
+            keep_secrets(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert keep_secrets(file) == (known, passwords)

@@ -11,6 +11,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from tunery import bootstrap
 from tunery.bootstrap import LOGIN_ROLES, NoEntry, Unsuitable
+from tunery.embedded.home import write_private
 
 ADMIN_URL = "TUNERY_ADMIN_DATABASE_URL"
 _NEXT = """
@@ -125,9 +126,7 @@ def read_env(path: Path) -> dict[str, str]:
 
 def _write_env(path: Path, values: Mapping[str, str]) -> None:
     """Readable by a shell and by systemd; single quotes keep the `&` of a URL's query from either."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.writelines(f"{name}='{value}'\n" for name, value in values.items())
+    write_private(path, "".join(f"{name}='{value}'\n" for name, value in values.items()))
 
 
 def _say(text: str) -> None:
