@@ -15,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
+from api import retry
 from tunery.errors import Conflict, Invalid, NotFound, ServiceError, TooLarge, Unavailable
 
 log = structlog.get_logger(__name__)
@@ -124,6 +125,7 @@ async def _invalid_request(request: Request, error: Any) -> Response:
 
 
 async def _database_away(request: Request, error: Any) -> Response:
+    retry.note(request.scope, error)
     log.warning("database did not answer", error=str(getattr(error, "orig", error))[:500])
     return answer(Unavailable("The database does not answer.", fix="Try again in a moment."), request.scope)
 

@@ -4,9 +4,10 @@ import anyio
 from fastapi import Depends, FastAPI
 
 from api import errors
-from api.deps import authenticate
+from api.deps import JOIN, authenticate
 from api.documentation import ALWAYS, operation_id
 from api.middleware import BodyLimit, Edge
+from api.retry import Retry
 from api.routes import adapters, base_models, files, health, identity, jobs, legacy, models, nodes, usage
 from tunery import __version__, readiness
 from tunery.db import Sessions
@@ -43,6 +44,7 @@ def create_app(sessions: Sessions, storage: Storage, settings: ApiSettings) -> F
     for module in (files, jobs, models, base_models, adapters, nodes, usage, identity, legacy, health):
         app.include_router(module.router)  # routers carry their whole prefix: metrics name a route by it
     uploads = {("POST", "/v1/files"): settings.max_file_bytes}
+    app.add_middleware(Retry, once=frozenset({*uploads, ("POST", JOIN)}))
     app.add_middleware(BodyLimit, default=MAX_JSON_BYTES, files=uploads)
     app.add_middleware(Edge)  # added last, so outermost
     return app

@@ -18,10 +18,11 @@ from sqlalchemy.orm import Session
 from scheduler import metrics
 from scheduler.policy import schedule
 from scheduler.tidy import Tidy
-from tunery import catalogue, census, failpoints, ids, jobs, leases, membership, outbox, queue, tasks, wake
+from tunery import catalogue, census, events, failpoints, ids, jobs, leases, membership, outbox, queue, tasks, wake
 from tunery.db import Sessions, transaction
 from tunery.dispatch import Doorbell
-from tunery.errors import Unavailable
+from tunery.errors import ServiceError, Unavailable
+from tunery.events import Entry
 from tunery.outbox import Outbox
 from tunery.queue import Deposed
 from tunery.settings import SchedulerSettings
@@ -230,6 +231,7 @@ class Scheduler:
             unclaimed = queue.unclaimed_attempts(session, clocks.claim_timeout_s)
             stranded = queue.stranded_attempts(session, clocks.silent_node_s)
             late_tasks = tasks.expired(session, clocks.lost_grace_s)
+            archived = queue.archived_jobs(session)
             outbox.sweep(session)
         for attempt_id in expired:
             with self._one(epoch) as session:
@@ -246,6 +248,10 @@ class Scheduler:
             with self._one(epoch) as session:
                 self._take_back(session, task_id, job_id)
 
+        for project_id, job_id in archived:
+            with self._one(epoch) as session:
+                self._end_archived(session, project_id, job_id)
+
     @contextmanager
     def _one(self, epoch: int) -> Iterator[Session]:
         """A leader's transaction about one thing. If it cannot be had now (somebody cut off still has it locked),
@@ -261,6 +267,15 @@ class Scheduler:
         """Delete what may go."""
         if self._tidy is not None and (epoch := self._epoch) is not None:
             self._tidy.run(epoch)
+
+    def _end_archived(self, session: Session, project_id: uuid.UUID, job_id: uuid.UUID) -> None:
+        """Nobody has a key to a project that was archived: what goes on in it is cancelled."""
+        try:
+            job = leases.cancel(session, project_id, job_id)
+        except ServiceError:
+            return  # it has ended, or is gone, since we looked
+        events.append(session, job, [Entry("The job's project was archived", "warn")])
+        log.info("cancelled with its project", job=str(job_id))
 
     def _take_back(self, session: Session, task_id: uuid.UUID, job_id: uuid.UUID | None) -> None:
         """A task whose node fell silent: another try, or, when its tries are used up, the end of what it was for."""

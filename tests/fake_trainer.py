@@ -3,9 +3,10 @@
     python -P -m tests.fake_trainer spec.json          one attempt, like `trainer`
     python -P -m tests.fake_trainer --engine SOCKET    an engine: takes attempts on SOCKET, trains each in a thread
 
-How it behaves is the job's suffix: `ok`, `slow` (0.1 s a step), `crash-N` (dies before step N on its first attempt
-that starts below it), `crash-always`, `reject` (the user's fault), `deaf` (ignores every command), `flood`,
-`other-release` (speaks another version of the protocol), `out-of-memory`, `binary`, `endless-line`.
+How it behaves is the job's suffix: `ok`, `slow` (0.1 s a step), `slow-start` (likewise, unless it resumes), `crash-N`
+(dies before step N on its first attempt that starts below it), `hang-N` (says nothing from step N on, likewise),
+`crash-always`, `reject` (the user's fault), `deaf` (ignores every command), `flood`, `other-release` (speaks another
+version of the protocol), `out-of-memory`, `binary`, `endless-line`.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from tunery.contracts.events import (
     COMMANDS,
     EXIT_MEMORY,
     EXIT_OK,
+    EXIT_OURS,
     EXIT_STOPPED,
     PROTOCOL,
     Attach,
@@ -115,11 +117,15 @@ class Run:
         return None
 
     def _step(self, step: int, start: int, steps: int) -> int | None:
-        time.sleep(0.002 if self.mode in ("ok", "flood") else 0.1)
+        quick = self.mode in ("ok", "flood") or (self.mode == "slow-start" and start)
+        time.sleep(0.002 if quick else 0.1)
         crash = re.fullmatch(r"crash-(\d+)", self.mode)
         if self.mode == "crash-always" or (crash and step == int(crash[1]) and start < int(crash[1]) // 10 * 10):
             print("Traceback: something of ours broke", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
+        hang = re.fullmatch(r"hang-(\d+)", self.mode)
+        if hang and step == int(hang[1]) and start < step // 10 * 10:
+            time.sleep(600)
         if self.gone.is_set() and self.in_engine:
             return 0  # detached
         if self.stop is not None:
@@ -131,7 +137,11 @@ class Run:
             loss = 2.0 - step / steps if step != 2 else float("nan")
             self.events.send(Metrics(step=step, values={"train/loss": loss}, tokens=7 * step, total_steps=steps))
         if step % self.spec.recipe.training.save_steps == 0 and step < steps:
-            self._save(step)
+            try:
+                self._save(step)
+            except OSError as error:
+                self.events.send(Failed(code=FailureCode.DISK_FULL, message=str(error), step=step))
+                return self._close(EXIT_OURS)
         return None
 
     def _save(self, step: int) -> None:
@@ -139,6 +149,7 @@ class Run:
         if folder.exists():
             return
         folder.mkdir(parents=True)
+        (folder / "state").write_bytes(bytes(1 << 20))
         (folder / "step").write_text(str(step))
         self.events.send(Checkpoint(path=str(folder), files=manifest(folder), step=step, metrics={"train_loss": 1.5}))
 

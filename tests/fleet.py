@@ -172,7 +172,7 @@ class Fleet:
     # ---- processes ---------------------------------------------------------------------------------------------
 
     def scheduler(self, name: str = "", *, via: Via | None = None, **more: str) -> subprocess.Popen[bytes]:
-        """`more` are settings without their prefix: `LEASE_S="5"`."""
+        """`more` are settings without their prefix: `LEASE_S="5"`; `PRELOAD` is a library that goes before libc."""
         return self._start("scheduler", name, "tunery_scheduler", via, {}, more)
 
     def node(
@@ -232,6 +232,8 @@ class Fleet:
             "TUNERY_REDIS_URL": ways.valkey.reach(redis_url) if ways.valkey else redis_url,
             "TUNERY_FLEET": self.database,
         }
+        if (preload := more.get("PRELOAD")) is not None:
+            clean["LD_PRELOAD"] = preload
         with (self.home / f"{'-'.join(filter(None, (module, name)))}.log").open("ab") as out:
             started = subprocess.Popen(
                 [sys.executable, "-m", module], env=clean | common | own | clocks, cwd=tree, stdout=out, stderr=out

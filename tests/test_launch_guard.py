@@ -5,6 +5,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,16 +14,22 @@ from sqlalchemy import select
 
 from tests import factories
 from tests.factories import Database, FleetNode, Tenant
-from tunery import leases
+from tunery import leases, nodes
+from tunery.contracts.events import Failed, Finished
 from tunery.db import transaction
 from tunery.models import Attempt, Gpu, Job, Node, Usage
+from tunery.nodes import Assigned
+from tunery.states import POLICY, AttemptState, FailureCode, Fault, Policy
 from worker import launch_guard
+from worker.ending import NoOutcome
 from worker.launch_guard import GIB
 from worker.launch_guard import Usage as GpuUsage
 from worker.node import Node as NodeProcess
 from worker.supervisor import Supervisor
 
 CLEAN = GpuUsage(80 * GIB, GIB // 2, ())
+CUDA_ERROR = Failed(code=FailureCode.INTERNAL, message="CUDA error: unspecified launch failure")
+FINISHED = Finished(path="/x", files=[], tokens=1, metrics={}, peak_memory_bytes=1)
 
 
 class FakeDriver:
@@ -33,6 +40,9 @@ class FakeDriver:
 
     def usage(self, device: str) -> GpuUsage | None:
         return self.usages[device]
+
+    def ailment(self, device: str) -> str | None:
+        return "fell off" if self.usages[device] is None else None
 
 
 @pytest.fixture(autouse=True)
@@ -98,13 +108,80 @@ def test_the_attempt_goes_back_uncharged_and_the_gpu_waits(
 
     process: Any = NodeProcess.__new__(NodeProcess)
     process._id, process._sessions, process._driver = node.id, supervisor._sessions, driver
-    process._look_again(["GPU-0"])
+    process._settings = SimpleNamespace(home=Path("/"), min_free_bytes=0)
+    process._look_again([("cuda", "GPU-0")])
     assert state(database, node) == "dirty"
     driver.usages["GPU-0"] = CLEAN
-    process._look_again(["GPU-0"])
+    process._look_again([("cuda", "GPU-0")])
     assert state(database, node) == "healthy"
 
 
 def state(database: Database, node: FleetNode) -> str:
     with factories.owner(database) as session:
         return session.scalars(select(Gpu.state).where(Gpu.node_id == node.id)).one()
+
+
+def test_a_gpu_that_falls_off_gets_no_more_work_ends_what_hangs_on_it_and_may_come_back(
+    project: Tenant, node: FleetNode, database: Database
+) -> None:
+    """F22, as the node sees it: a trainer whose GPU is gone may never return from its last call."""
+    work = factories.running(project, node)
+    driver = FakeDriver(GPU_0=CLEAN)
+    process: Any = NodeProcess.__new__(NodeProcess)
+    process._id, process._driver = node.id, driver
+    process._sessions = database.sessions("tunery_worker", node_id=node.id)
+
+    def look() -> str:
+        with transaction(process._sessions) as session:
+            gpus = nodes.gpus(session, node.id)
+        process._examine(gpus)
+        return state(database, node)
+
+    assert look() == "healthy"
+    hung = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"], env={"TUNERY_ATTEMPT": str(work.attempt_id)}
+    )
+    try:
+        driver.usages["GPU-0"] = None
+        assert (look(), look()) == ("unhealthy", "unhealthy")
+        hung.wait(10)
+    finally:
+        hung.kill()
+    with factories.owner(database) as session:
+        assert session.get_one(Node, node.id).info["dirty"] == {"GPU-0": "fell off"}
+    driver.usages["GPU-0"] = CLEAN
+    assert look() == "healthy"
+
+
+@pytest.mark.parametrize("outcome", [NoOutcome(-9, FailureCode.TRAINER_CRASHED), CUDA_ERROR, FINISHED])
+def test_a_gpu_that_fell_off_is_what_ended_the_attempt_and_not_the_user(outcome: Any) -> None:
+    """F22, as the supervisor sees it: whatever the trainer says of it, unless it had finished before."""
+    supervisor: Any = Supervisor.__new__(Supervisor)
+    supervisor._stop, supervisor._work = None, SimpleNamespace(devices=(("cuda", "GPU-0"),))
+    supervisor._driver = FakeDriver(GPU_0=CLEAN)
+    assert supervisor._blame(outcome) is outcome
+    supervisor._driver = FakeDriver(GPU_0=None)
+    blamed = supervisor._blame(outcome)
+    assert blamed is outcome if outcome is FINISHED else blamed.code == FailureCode.GPU_LOST
+    assert POLICY[FailureCode.GPU_LOST] == Policy(Fault.PLATFORM, True, POLICY[FailureCode.GPU_LOST].fix)
+
+
+def test_a_full_disk_takes_every_device_out_of_service_until_there_is_room(
+    project: Tenant, node: FleetNode, database: Database, tmp_path: Path
+) -> None:
+    """F18: what was assigned meanwhile goes back uncharged, and nothing is started."""
+    work = factories.assigned(project, node)
+    process: Any = NodeProcess.__new__(NodeProcess)
+    process._id, process._driver = node.id, FakeDriver(GPU_0=CLEAN)
+    process._sessions = database.sessions("tunery_worker", node_id=node.id)
+    process._settings = SimpleNamespace(home=tmp_path, min_free_bytes=1 << 60)
+    process._supervisors, process._attempts = {}, tmp_path
+    process._look_after(Assigned(work.attempt_id, AttemptState.ASSIGNED, None), process._disk_is_full())
+    process._look_again([("cuda", "GPU-0")])
+    assert state(database, node) == "dirty"
+    job, attempt = factories.look(work), factories.attempt(work)
+    assert (job.state, job.faults_without_progress, attempt.failure_code) == ("queued", 0, "not_claimed")
+    process._settings.min_free_bytes = 1
+    assert process._disk_is_full() is None
+    process._look_again([("cuda", "GPU-0")])
+    assert state(database, node) == "healthy"

@@ -375,3 +375,26 @@ def test_a_checkpoint_of_a_step_is_one_row(project: Tenant, node: FleetNode, dat
         stored = session.scalars(select(Checkpoint).where(Checkpoint.job_id == work.job_id)).one()
         assert stored.attempt_id == work.attempt_id and stored.bytes == 10
         assert session.get_one(Job, work.job_id).event_seq == len(messages(work))
+
+
+def test_events_are_stored_once_and_in_order_however_they_arrive(
+    project: Tenant, node: FleetNode, database: Database
+) -> None:
+    """F28: shuffled within a batch, doubled, sent again, and late."""
+    work = factories.running(project, node)
+    after = factories.attempt(work).last_event_seq
+    said = [factories.metrics(after + number, step=number) for number in range(1, 7)]
+    batches = ([said[2], said[0], said[1], said[2]], said[:3], [said[5], *said[3:5], said[4]], said[1:3], said)
+    for batch in batches:
+        factories.tell(work, *batch)
+    assert factories.attempt(work).last_event_seq == after + 6
+    assert [text for text in messages(work) if text.startswith("Step ")] == [
+        f"Step {number}/40, training loss=1.0000" for number in range(1, 7)
+    ]
+    with factories.owner(database) as session:
+        query = text(
+            "SELECT unnest(steps) FROM metric_chunks c JOIN metric_series m ON m.id = c.series_id "
+            "WHERE m.job_id = :job AND m.name = 'train/loss' ORDER BY c.first_step"
+        )
+        stored = session.execute(query, {"job": work.job_id}).scalars().all()
+        assert stored == [1, 2, 3, 4, 5, 6]

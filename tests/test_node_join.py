@@ -114,7 +114,7 @@ def test_one_command_joins_and_a_removed_node_is_gone(deployment: Deployment) ->
     secrets = [line.partition("=")[2] for line in kept.read_text().splitlines() if "SECRET" in line or "URL" in line]
     assert not any(secret in told + machine.log() for secret in secrets if secret != running.api_url)
 
-    job = running.submit("joined", steps=8)
+    job = running.submit("ok", steps=8)
     assert running.ends(job) == "succeeded"
     [attempt] = running.attempts(job)
     shown = json.loads(deployment.admin("node", "show", "second", "--json"))
@@ -128,7 +128,7 @@ def test_one_command_joins_and_a_removed_node_is_gone(deployment: Deployment) ->
     assert "runs already" in (machine.command("node", "start", "-d") and machine.command("node", "start", fails=1))
 
     # Removed in the middle of a job: nothing of it is told any more, and the job ends elsewhere.
-    job = running.submit("taken away", steps=150, save_steps=10)
+    job = running.submit("slow-start", steps=150, save_steps=10)
     running.until(lambda: running.newest_checkpoint(job) > 0)
     assert "removed" in deployment.admin("node", "remove", "second", "--yes")
     running.until(lambda: running.attempts(job)[0].state == "lost")

@@ -185,14 +185,14 @@ def declare_lost(session: Session, attempt_id: uuid.UUID, grace_s: float) -> boo
     return True
 
 
-def unassign(session: Session, attempt_id: uuid.UUID) -> bool:
-    """Nobody claimed the attempt in time, so nothing runs for it: free what it holds. No fault of the job."""
+def unassign(session: Session, attempt_id: uuid.UUID, why: str = "The assigned node did not answer") -> bool:
+    """Nobody claimed the attempt, so nothing runs for it: free what it holds. No fault of the job."""
     held = _lock(session, attempt_id)
     if held is None or held.attempt.state != AttemptState.ASSIGNED:
         return False
     _end_attempt(session, held.attempt, AttemptState.LOST)
     held.attempt.failure_code = FailureCode.NOT_CLAIMED
-    events.append(session, held.job, [Entry("The assigned node did not answer; the job is assigned again", "warn")])
+    events.append(session, held.job, [Entry(f"{why}; the job is assigned again", "warn")])
     return True
 
 

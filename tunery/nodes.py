@@ -140,15 +140,44 @@ def mark_dirty(session: Session, node_id: uuid.UUID, reasons: Mapping[str, str])
         _note(session, node_id, device, reason)
 
 
+def mark_all_dirty(session: Session, node_id: uuid.UUID, reason: str) -> bool:
+    """As `mark_dirty`, for all that this node has. False if that was so already."""
+    healthy = list(session.scalars(select(Gpu.uuid).where(Gpu.node_id == node_id, Gpu.state == "healthy")))
+    mark_dirty(session, node_id, dict.fromkeys(healthy, reason))
+    return bool(healthy)
+
+
 def mark_clean(session: Session, node_id: uuid.UUID, device: str) -> None:
     _mark(session, node_id, device, "dirty", "healthy")
     _note(session, node_id, device, None)
 
 
-def dirty(session: Session, node_id: uuid.UUID) -> list[str]:
-    """Devices of this node to look at again: those that nobody holds any more."""
-    query = select(Gpu.uuid).where(Gpu.node_id == node_id, Gpu.state == "dirty", Gpu.reserved_bytes == 0)
-    return list(session.scalars(query))
+def dirty(session: Session, node_id: uuid.UUID) -> list[tuple[str, str]]:
+    """Kind and UUID of this node's devices to look at again: those that nobody holds any more."""
+    query = select(Gpu.kind, Gpu.uuid).where(Gpu.node_id == node_id, Gpu.state == "dirty", Gpu.reserved_bytes == 0)
+    return [(row.kind, row.uuid) for row in session.execute(query)]
+
+
+def gpus(session: Session, node_id: uuid.UUID) -> dict[str, str]:
+    """State of each GPU that this node has, by the driver's UUID."""
+    mine = (Gpu.node_id == node_id, Gpu.kind == "cuda", Gpu.state != "absent")
+    return {row.uuid: row.state for row in session.execute(select(Gpu.uuid, Gpu.state).where(*mine))}
+
+
+def mark_unhealthy(session: Session, node_id: uuid.UUID, device: str, reason: str) -> list[uuid.UUID]:
+    """This GPU is broken: no more work, whatever it was before. Returns the attempts that hold some of it."""
+    mine = (Gpu.node_id == node_id, Gpu.uuid == device)
+    session.execute(update(Gpu).where(*mine).values(state="unhealthy"))
+    _note(session, node_id, device, reason)
+    query = select(Allocation.owner_attempt).join(Gpu, Gpu.id == Allocation.gpu_id)
+    held = session.scalars(query.where(*mine, Allocation.released_at.is_(None)).distinct())
+    return [attempt_id for attempt_id in held if attempt_id is not None]
+
+
+def mark_healthy(session: Session, node_id: uuid.UUID, device: str) -> None:
+    """It answers again; whether anybody is on it is looked at before anything starts there."""
+    _mark(session, node_id, device, "unhealthy", "healthy")
+    _note(session, node_id, device, None)
 
 
 def _mark(session: Session, node_id: uuid.UUID, device: str, before: str, after: str) -> None:

@@ -36,9 +36,10 @@ OPENAI_NAMES = {
 
 
 def ingest(session: Session, attempt_id: uuid.UUID, fence: int, said: Sequence[Event]) -> None:
-    """Store a batch of events. Raises leases.Fenced."""
+    """Store a batch of events, in the order of their numbers, each once. Raises leases.Fenced."""
     held = leases.hold(session, attempt_id, fence)
-    fresh = [event for event in said if event.seq > held.attempt.last_event_seq]
+    once = {event.seq: event for event in said if event.seq > held.attempt.last_event_seq}
+    fresh = [once[seq] for seq in sorted(once)]
     if not fresh:
         return
     leases.mark_running(session, held)

@@ -12,8 +12,21 @@ from sqlalchemy.orm import Session
 
 from tunery import ids, outbox
 from tunery.contracts.scheduling import Decision, GpuView, JobView, NodeView, Snapshot, Start, Wait
-from tunery.models import RESUMABLE, Allocation, Attempt, AttemptNode, Checkpoint, Gpu, Job, Leader, Node, Slot, Task
-from tunery.states import LEASED_ATTEMPT, LIVE_ATTEMPT, AttemptState, JobState
+from tunery.models import (
+    RESUMABLE,
+    Allocation,
+    Attempt,
+    AttemptNode,
+    Checkpoint,
+    Gpu,
+    Job,
+    Leader,
+    Node,
+    Project,
+    Slot,
+    Task,
+)
+from tunery.states import LEASED_ATTEMPT, LIVE_ATTEMPT, TERMINAL, AttemptState, JobState
 from tunery.telemetry import tracing
 
 log = structlog.get_logger(__name__)
@@ -242,6 +255,13 @@ def expired_attempts(session: Session, grace_s: float) -> list[uuid.UUID]:
 def unclaimed_attempts(session: Session, after_s: float) -> list[uuid.UUID]:
     late = Attempt.assigned_at < func.now() - timedelta(seconds=after_s)
     return list(session.scalars(select(Attempt.id).where(Attempt.state == AttemptState.ASSIGNED, late)))
+
+
+def archived_jobs(session: Session) -> list[tuple[uuid.UUID, uuid.UUID]]:
+    """Project and job of whatever still goes on, and has not been asked to end, in a project that was archived."""
+    going_on = Job.state.not_in((*TERMINAL, JobState.CANCELLING))
+    query = select(Job.project_id, Job.id).join(Project, Project.id == Job.project_id)
+    return [(row.project_id, row.id) for row in session.execute(query.where(Project.status == "archived", going_on))]
 
 
 def stranded_attempts(session: Session, silent_s: float) -> list[uuid.UUID]:

@@ -198,6 +198,11 @@ class Storage:
                 "404",
             ):
                 raise KeyError(str(error)) from error
+            if isinstance(error, ClientError) and error.response["Error"]["Code"] == "RequestTimeTooSkewed":
+                raise Unavailable(
+                    "The object store refuses requests of this host: their clocks differ by more than it allows.",
+                    fix="Set this host's clock; S3 allows 15 minutes.",
+                ) from error
             raise Unavailable(
                 "The object store does not answer.", fix="Try again; your operator sees the cause."
             ) from error

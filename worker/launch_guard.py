@@ -1,11 +1,13 @@
-"""Before a trainer starts on a GPU: is anybody else on it, or anything left of somebody?
+"""Before a trainer starts: is anybody else on its GPU, or anything left of somebody? Is there room on the disk?
 
-A GPU that is not clean is marked `dirty` and gets no work until the node has seen it clean again. Without a GPU
-nothing is looked at.
+A device that is not to be used now is marked `dirty` and gets no work until the node has seen that nothing is wrong.
+A GPU that is broken is `unhealthy`, also while something runs on it. Without a GPU only the disk is looked at.
 """
 
+import shutil
 import uuid
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +33,10 @@ class Driver(Protocol):
         """By the driver's UUID. None if the GPU does not answer."""
         ...
 
+    def ailment(self, device: str) -> str | None:
+        """What makes this GPU unfit for anything; None if it answers and has no error that it cannot correct."""
+        ...
+
 
 class Nvml:
     """The driver's management library."""
@@ -51,6 +57,32 @@ class Nvml:
             return None
         finally:
             pynvml.nvmlShutdown()
+
+    def ailment(self, device: str) -> str | None:
+        """Errors that stay until the GPU is reset or replaced; those of a program alone, such as Xid 13, do not."""
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError as error:
+            return f"the driver does not answer: {error}"
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(device)
+            pynvml.nvmlDeviceGetMemoryInfo(handle)
+            wrong, volatile = pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+            # a GPU without ECC, or without rows to spare, says so, and that is no ailment
+            with suppress(pynvml.NVMLError_NotSupported):
+                if count := int(pynvml.nvmlDeviceGetTotalEccErrors(handle, wrong, volatile)):
+                    return f"{count} ECC errors that could not be corrected since it was reset"
+            with suppress(pynvml.NVMLError_NotSupported):
+                *_, failed = pynvml.nvmlDeviceGetRemappedRows(handle)
+                if failed:
+                    return "its memory has more broken rows than it can replace"
+        except pynvml.NVMLError as error:
+            return f"the driver does not answer for it: {error}"
+        finally:
+            pynvml.nvmlShutdown()
+        return None
 
 
 def problem(usage: Usage | None, ours: Collection[int] = ()) -> str | None:
@@ -75,6 +107,20 @@ def look(driver: Driver, devices: Sequence[tuple[str, str]], neighbours: Collect
     ours = {pid for attempt in neighbours for pid in processes.marked(str(attempt))}
     found = {device: problem(driver.usage(device), ours) for device in gpus}
     return {device: reason for device, reason in found.items() if reason is not None}
+
+
+def broken(driver: Driver, devices: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The GPUs among `devices` (kind and UUID) that are unfit for anything, each with the reason."""
+    found = {device: driver.ailment(device) for kind, device in devices if kind == "cuda"}
+    return {device: reason for device, reason in found.items() if reason is not None}
+
+
+def short_of_disk(home: Path, least_bytes: int) -> str | None:
+    """Why nothing should be started in this folder now; None if there is room."""
+    free = shutil.disk_usage(home).free
+    if free >= least_bytes:
+        return None
+    return f"the node's disk is full: {free >> 20} MiB are free at {home}, {least_bytes >> 20} MiB are needed"
 
 
 def _exists(pid: int) -> bool:

@@ -116,20 +116,35 @@ class Node:
             mine = nodes.assigned(session, self._id)
             unreleased = nodes.unreleased(session, self._id)
             dirty = nodes.dirty(session, self._id)
+            gpus = nodes.gpus(session, self._id)
         self._reap()
+        self._examine(gpus)
+        full = self._disk_is_full()
         for attempt in mine:
-            self._look_after(attempt)
+            self._look_after(attempt, full)
         for attempt_id in unreleased:
             self._free(attempt_id)
         self._look_again(dirty)
         self._clear_away({str(one.attempt_id) for one in mine} | {str(one) for one in unreleased})
         self._take_tasks()
 
-    def _look_after(self, attempt: Assigned) -> None:
+    def _disk_is_full(self) -> str | None:
+        """Nothing starts on a full disk: it would fail there again and again until its job has no tries left."""
+        reason = launch_guard.short_of_disk(self._settings.home, self._settings.min_free_bytes)
+        if reason is not None:
+            with transaction(self._sessions) as session:
+                if nodes.mark_all_dirty(session, self._id, reason):
+                    log.error("no more work until there is room", reason=reason)
+        return reason
+
+    def _look_after(self, attempt: Assigned, full: str | None) -> None:
         name = str(attempt.attempt_id)
         alive = name in self._supervisors or locks.is_taken(self._lock(name))
         if attempt.state is AttemptState.ASSIGNED:
-            if not alive:
+            if not alive and full:
+                with transaction(self._sessions) as session:
+                    leases.unassign(session, attempt.attempt_id, "The assigned node has no room on its disk")
+            elif not alive:
                 self._supervise(name)
         elif alive:
             self._poke(name)
@@ -168,13 +183,30 @@ class Node:
                 leases.release(session, attempt_id)
             self._clear(name)
 
-    def _look_again(self, dirty: list[str]) -> None:
-        """A GPU that somebody else was on gets work again once it is clean."""
-        still = launch_guard.look(self._driver, [("cuda", device) for device in dirty])
-        for device in set(dirty) - set(still):
+    def _look_again(self, dirty: list[tuple[str, str]]) -> None:
+        """A device that was not to be used gets work again once nothing is wrong any more."""
+        if not dirty or launch_guard.short_of_disk(self._settings.home, self._settings.min_free_bytes):
+            return
+        still = launch_guard.look(self._driver, dirty)
+        for device in {device for _, device in dirty} - set(still):
             with transaction(self._sessions) as session:
                 nodes.mark_clean(session, self._id, device)
-            log.info("a GPU is clean again", gpu=device)
+            log.info("a device is clean again", device=device)
+
+    def _examine(self, gpus: dict[str, str]) -> None:
+        """A GPU that fell off or has lost memory gets no more work, and what hangs on it is ended; it may come back."""
+        broken = launch_guard.broken(self._driver, [("cuda", device) for device in gpus])
+        for device, state in gpus.items():
+            if device in broken and state != "unhealthy":
+                with transaction(self._sessions) as session:
+                    on_it = nodes.mark_unhealthy(session, self._id, device, broken[device])
+                log.error("a GPU is broken", gpu=device, reason=broken[device], attempts=[str(one) for one in on_it])
+                for attempt_id in on_it:
+                    processes.end_all(str(attempt_id), timeout_s=0)  # its supervisor sees that, and says why
+            elif device not in broken and state == "unhealthy":
+                with transaction(self._sessions) as session:
+                    nodes.mark_healthy(session, self._id, device)
+                log.info("a GPU is well again", gpu=device)
 
     def _room(self) -> dict[str, object]:
         """For the node's `info`. A full disk fails whatever is sent here, again and again: better somewhere else."""

@@ -35,6 +35,7 @@ from tunery.contracts.events import (
     Finished,
     Started,
     Stop,
+    Stopped,
     Stored,
     Tick,
 )
@@ -66,8 +67,6 @@ _NUL, _REPLACEMENT = b"\\u0000", b"\\ufffd"
 """Postgres stores no NUL; what a model wrote must not stop its own result from being stored."""
 _CONNECT_S = 120
 """A trainer connects before it loads anything heavy."""
-_HANG_S = 1800
-"""A trainer that says nothing at all for so long is hung. Loading a large model from a cold disk takes minutes."""
 
 Said = Event | type[EOFError]
 _HANDLED = {signal.SIGUSR1, signal.SIGTERM}
@@ -154,7 +153,7 @@ class Supervisor:
             threading.Thread(target=self._listen, args=(listener,), name="listener", daemon=True).start()
             for helper in (self._recorder, self._checkpoints, self._logs):
                 helper.start()
-            outcome = self._watch()
+            outcome = self._blame(self._watch())
             self._trace.over("the trainer went without a word" if isinstance(outcome, NoOutcome) else None)
             gone = self._trainer.end()
             self._hang_up()
@@ -274,11 +273,13 @@ class Supervisor:
             try:
                 said = self._inbox.get(timeout=0.5)
             except queue.Empty:
-                if self._connection is None and time.monotonic() - began > _CONNECT_S:
-                    return NoOutcome(self._trainer.exit_code(), self._trainer.lost)
+                if self._connection is None:
+                    heard = time.monotonic()  # whoever never connects has a time limit of its own
+                    if heard - began > _CONNECT_S:
+                        return NoOutcome(self._trainer.exit_code(), self._trainer.lost)
                 if (code := self._trainer.exit_code()) is not None:
                     return self._drain(NoOutcome(code, self._trainer.lost))
-                if time.monotonic() - heard > _HANG_S:
+                if time.monotonic() - heard > self._settings.hang_s:
                     return NoOutcome(None, FailureCode.TRAINER_HUNG)
                 continue
             if isinstance(said, type):
@@ -287,6 +288,14 @@ class Supervisor:
             self._hear(said)
             if isinstance(said, OUTCOMES):
                 return said
+
+    def _blame(self, outcome: Event | NoOutcome) -> Event | NoOutcome:
+        """What a trainer says, or does not say, when its GPU breaks below it is not what ended it."""
+        if self._stop is not None or isinstance(outcome, Finished | Stopped):
+            return outcome
+        broken = launch_guard.broken(self._driver, self._work.devices)
+        told = "; ".join(f"{device}: {reason}" for device, reason in broken.items())
+        return Failed(code=FailureCode.GPU_LOST, message=f"A GPU broke. {told}") if broken else outcome
 
     def _hear(self, event: Event) -> None:
         self._recorder.add(event)

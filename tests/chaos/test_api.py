@@ -11,7 +11,7 @@ from tests.chaos.proxy import Proxy
 from tests.chaos.support import failing
 from tests.fleet import Fleet, Via, fleet
 from tunery.embedded.servers import Servers
-from tunery.models import File, Job
+from tunery.models import File, Job, Project
 
 pytestmark = pytest.mark.chaos
 ROW = b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
@@ -82,3 +82,22 @@ def test_a_broken_upload_to_the_store_is_sent_again(servers: Servers) -> None:
 def _count(running: Fleet, what: type[File | Job]) -> int:
     with running.look() as session:
         return session.scalar(select(func.count()).select_from(what)) or 0
+
+
+def test_whatever_runs_in_a_project_that_is_archived_is_stopped_and_its_keys_are_refused(running: Fleet) -> None:
+    """F32: what trains, what waits, and nothing of anybody else."""
+    running.node("a")
+    running.serve_api()
+    with running.client() as client:
+        trains = running.submit("slow", steps=600)
+        running.until(lambda: running.step(trains) > 1)
+        (attempt,) = running.attempts(trains)
+        waits, other = running.submit("ok"), running.submit("ok", steps=3, project_id=running.project("other"))
+        assert client.get("/v1/whoami").status_code == 200
+        with running.look() as session:
+            session.get_one(Project, running.project_id).status = "archived"
+        assert client.get("/v1/whoami").status_code == 401
+    assert (running.ends(trains), running.ends(waits), running.ends(other)) == ("cancelled", "cancelled", "succeeded")
+    assert "The job's project was archived" in running.messages(trains)
+    assert not running.trainer_pids(attempt.id)
+    running.until(running.nothing_held, 20)

@@ -20,14 +20,17 @@ pytestmark = pytest.mark.chaos
 
 
 def test_a_leader_killed_while_it_assigns_leaves_all_or_nothing(succeeds: Callable[..., None]) -> None:
-    """F3."""
+    """F3: what it had written and not committed is as if it had never been."""
     with fleet() as running:
         first = running.scheduler("first", **failing("assign.made:kill"))
-        running.scheduler("second")
         running.node()
         job_id = running.submit("ok", steps=5)
+        running.until(lambda: first.poll() is not None, 60)
+        assert first.returncode == -signal.SIGKILL
+        assert (running.state(job_id), running.attempts(job_id), running.nothing_held()) == ("queued", [], True)
+        running.scheduler("second")
         succeeds(running, job_id, attempts=1)
-        assert first.poll() in (None, -signal.SIGKILL)
+        assert _epoch(running) == 2
 
 
 def test_a_leader_frozen_while_it_assigns_is_replaced_and_its_late_writes_count_for_nothing(
@@ -41,9 +44,8 @@ def test_a_leader_frozen_while_it_assigns_is_replaced_and_its_late_writes_count_
         running.node()
         job_id = running.submit("ok", steps=5)
         running.until(lambda: _is_stopped(frozen.pid), 60)
-        began = time.monotonic()
-        running.until(lambda: _epoch(running) == 2, 15)
-        assert time.monotonic() - began < 10
+        running.until(lambda: _epoch(running) == 2, 60)
+        assert _is_stopped(frozen.pid), "the new leader did not wait for the old one"
         succeeds(running, job_id, attempts=1)
         frozen.send_signal(signal.SIGCONT)
         later = running.submit("ok", steps=5)
@@ -104,12 +106,12 @@ def test_a_partition_in_the_middle_of_a_write_locks_nobody_out(servers: Servers)
     """F26: the cut-off node's transaction holds its job and its attempt; the reconciler must not wait for it."""
     with Proxy.of(servers.admin_url) as proxy, fleet() as running:
         running.scheduler()
-        running.node("a", via=Via(postgres=proxy), **failing("events.written:sleep=2:nth=6"))
+        # Postgres ends the transaction after LEASE_S of silence: so long do we have to see it, and to cut the line
+        running.node("a", via=Via(postgres=proxy), LEASE_S="8", **failing("events.written:sleep=30:nth=2"))
         job_id = running.submit("slow", steps=150)
-        running.until(lambda: running.step(job_id) > 3)
-        (cut_off,) = running.attempts(job_id)
         running.until(lambda: _in_a_transaction(running), 60)
         proxy.set(blackhole())
+        (cut_off,) = running.attempts(job_id)
         other = running.submit("ok", steps=5)
         running.node("b")
         running.until(lambda: running.attempts(job_id)[0].state == "lost", 60)
