@@ -49,8 +49,8 @@ def test_a_clock_that_is_off_changes_no_lease_and_no_order(
             attempt = session.scalars(select(Attempt).where(Attempt.job_id == job_id)).one()
             told = session.scalars(select(Event).where(Event.job_id == job_id).order_by(Event.seq)).all()
         assert attempt.assigned_at <= attempt.claimed_at <= attempt.started_at <= attempt.ended_at
-        assert [one.created_at for one in told] == sorted(one.created_at for one in told)
-        assert abs((datetime.now(UTC) - told[-1].created_at).total_seconds()) < 600
+        now = datetime.now(UTC)
+        assert all(abs((now - one.created_at).total_seconds()) < 300 for one in told), "the database's clock alone"
 
 
 def test_a_node_whose_clock_the_object_store_refuses_says_so_and_works_when_it_is_set(
