@@ -108,7 +108,6 @@ def test_the_attempt_goes_back_uncharged_and_the_gpu_waits(
 
     process: Any = NodeProcess.__new__(NodeProcess)
     process._id, process._sessions, process._driver = node.id, supervisor._sessions, driver
-    process._settings = SimpleNamespace(home=Path("/"), min_free_bytes=0)
     process._look_again([("cuda", "GPU-0")])
     assert state(database, node) == "dirty"
     driver.usages["GPU-0"] = CLEAN
@@ -166,22 +165,14 @@ def test_a_gpu_that_fell_off_is_what_ended_the_attempt_and_not_the_user(outcome:
     assert POLICY[FailureCode.GPU_LOST] == Policy(Fault.PLATFORM, True, POLICY[FailureCode.GPU_LOST].fix)
 
 
-def test_a_full_disk_takes_every_device_out_of_service_until_there_is_room(
+def test_what_was_assigned_before_the_disk_was_seen_full_goes_back_uncharged(
     project: Tenant, node: FleetNode, database: Database, tmp_path: Path
 ) -> None:
-    """F18: what was assigned meanwhile goes back uncharged, and nothing is started."""
+    """F18: it would fail here again and again, until its job has no tries left."""
     work = factories.assigned(project, node)
     process: Any = NodeProcess.__new__(NodeProcess)
-    process._id, process._driver = node.id, FakeDriver(GPU_0=CLEAN)
-    process._sessions = database.sessions("tunery_worker", node_id=node.id)
-    process._settings = SimpleNamespace(home=tmp_path, min_free_bytes=1 << 60)
+    process._sessions, process._full = database.sessions("tunery_worker", node_id=node.id), True
     process._supervisors, process._attempts = {}, tmp_path
-    process._look_after(Assigned(work.attempt_id, AttemptState.ASSIGNED, None), process._disk_is_full())
-    process._look_again([("cuda", "GPU-0")])
-    assert state(database, node) == "dirty"
+    process._look_after(Assigned(work.attempt_id, AttemptState.ASSIGNED, None))
     job, attempt = factories.look(work), factories.attempt(work)
     assert (job.state, job.faults_without_progress, attempt.failure_code) == ("queued", 0, "not_claimed")
-    process._settings.min_free_bytes = 1
-    assert process._disk_is_full() is None
-    process._look_again([("cuda", "GPU-0")])
-    assert state(database, node) == "healthy"

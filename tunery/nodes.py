@@ -140,13 +140,6 @@ def mark_dirty(session: Session, node_id: uuid.UUID, reasons: Mapping[str, str])
         _note(session, node_id, device, reason)
 
 
-def mark_all_dirty(session: Session, node_id: uuid.UUID, reason: str) -> bool:
-    """As `mark_dirty`, for all that this node has. False if that was so already."""
-    healthy = list(session.scalars(select(Gpu.uuid).where(Gpu.node_id == node_id, Gpu.state == "healthy")))
-    mark_dirty(session, node_id, dict.fromkeys(healthy, reason))
-    return bool(healthy)
-
-
 def mark_clean(session: Session, node_id: uuid.UUID, device: str) -> None:
     _mark(session, node_id, device, "dirty", "healthy")
     _note(session, node_id, device, None)

@@ -173,8 +173,6 @@ class NodeSettings(DatabaseSettings, StorageSettings, Clocks, OpsSettings):
     cpu_task_slots: int = Field(default=2, ge=1)
     max_unstored_checkpoints: int = Field(default=2, ge=1)
     log_chunk_s: float = 5
-    min_free_bytes: int = Field(default=512 * MIB, ge=0)
-    """Nothing is started while less than this is free on the disk of the node's home."""
     hang_s: float = Field(default=1800, gt=0)
     """A trainer that says nothing for so long is ended. Loading a large model from a cold disk takes minutes."""
     max_log_bytes: int = 64 * MIB

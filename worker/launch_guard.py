@@ -1,10 +1,10 @@
-"""Before a trainer starts: is anybody else on its GPU, or anything left of somebody? Is there room on the disk?
+"""Before a trainer starts: is anybody else on its GPU, or anything left of somebody?
 
-A device that is not to be used now is marked `dirty` and gets no work until the node has seen that nothing is wrong.
-A GPU that is broken is `unhealthy`, also while something runs on it. Without a GPU only the disk is looked at.
+A GPU that is not clean is marked `dirty` and gets no work until the node has seen it clean again.
+A GPU that is broken is `unhealthy`, also while something runs on it. Without a GPU
+nothing is looked at.
 """
 
-import shutil
 import uuid
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -113,14 +113,6 @@ def broken(driver: Driver, devices: Sequence[tuple[str, str]]) -> dict[str, str]
     """The GPUs among `devices` (kind and UUID) that are unfit for anything, each with the reason."""
     found = {device: driver.ailment(device) for kind, device in devices if kind == "cuda"}
     return {device: reason for device, reason in found.items() if reason is not None}
-
-
-def short_of_disk(home: Path, least_bytes: int) -> str | None:
-    """Why nothing should be started in this folder now; None if there is room."""
-    free = shutil.disk_usage(home).free
-    if free >= least_bytes:
-        return None
-    return f"the node's disk is full: {free >> 20} MiB are free at {home}, {least_bytes >> 20} MiB are needed"
 
 
 def _exists(pid: int) -> bool:

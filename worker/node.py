@@ -119,29 +119,19 @@ class Node:
             gpus = nodes.gpus(session, self._id)
         self._reap()
         self._examine(gpus)
-        full = self._disk_is_full()
         for attempt in mine:
-            self._look_after(attempt, full)
+            self._look_after(attempt)
         for attempt_id in unreleased:
             self._free(attempt_id)
         self._look_again(dirty)
         self._clear_away({str(one.attempt_id) for one in mine} | {str(one) for one in unreleased})
         self._take_tasks()
 
-    def _disk_is_full(self) -> str | None:
-        """Nothing starts on a full disk: it would fail there again and again until its job has no tries left."""
-        reason = launch_guard.short_of_disk(self._settings.home, self._settings.min_free_bytes)
-        if reason is not None:
-            with transaction(self._sessions) as session:
-                if nodes.mark_all_dirty(session, self._id, reason):
-                    log.error("no more work until there is room", reason=reason)
-        return reason
-
-    def _look_after(self, attempt: Assigned, full: str | None) -> None:
+    def _look_after(self, attempt: Assigned) -> None:
         name = str(attempt.attempt_id)
         alive = name in self._supervisors or locks.is_taken(self._lock(name))
         if attempt.state is AttemptState.ASSIGNED:
-            if not alive and full:
+            if not alive and self._full:
                 with transaction(self._sessions) as session:
                     leases.unassign(session, attempt.attempt_id, "The assigned node has no room on its disk")
             elif not alive:
@@ -185,8 +175,6 @@ class Node:
 
     def _look_again(self, dirty: list[tuple[str, str]]) -> None:
         """A device that was not to be used gets work again once nothing is wrong any more."""
-        if not dirty or launch_guard.short_of_disk(self._settings.home, self._settings.min_free_bytes):
-            return
         still = launch_guard.look(self._driver, dirty)
         for device in {device for _, device in dirty} - set(still):
             with transaction(self._sessions) as session:

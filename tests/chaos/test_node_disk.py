@@ -29,7 +29,7 @@ def test_a_checkpoint_that_finds_no_room_ends_the_attempt_and_the_job_waits_for_
     running: Fleet, disk: Path, succeeds: Callable[..., None]
 ) -> None:
     """The older checkpoint is kept, nobody tries again and again, and what is free again is used unaided."""
-    running.node(MIN_FREE_BYTES=str(16 * MIB))
+    running.node(MIN_FREE_DISK_BYTES=str(16 * MIB))
     job_id = running.submit("slow", steps=45)
     running.until(lambda: running.newest_checkpoint(job_id) >= 10)
     ballast = disk / "ballast"
@@ -38,7 +38,7 @@ def test_a_checkpoint_that_finds_no_room_ends_the_attempt_and_the_job_waits_for_
             out.write(bytes(64 * 1024))
     running.until(lambda: running.attempts(job_id)[0].failure_code)
     log = running.home / "worker.log"
-    running.until(lambda: "no more work until there is room" in log.read_text())
+    running.until(lambda: "this node takes no new work" in log.read_text())
     running.until(lambda: all(one.ended_at for one in running.attempts(job_id)))
     kept = running.newest_checkpoint(job_id)
     assert kept in (10, 20) and running.state(job_id) == "queued"
