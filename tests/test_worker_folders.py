@@ -18,6 +18,7 @@ from tunery.contracts.events import EVENTS, Checkpoint, FileEntry
 from tunery.storage import CorruptObject, Storage
 from worker import folders, processes
 from worker.isolation import uids
+from worker.meters import Meters
 from worker.node import Node
 from worker.uploads import CheckpointUploads, upload
 from worker.workspace import Workspace
@@ -65,7 +66,7 @@ def test_what_a_trainer_swaps_for_a_link_is_neither_stored_nor_removed(
     freed: list[int] = []
     uploads = CheckpointUploads(
         work, workspace, storage, None, SimpleNamespace(outage_grace_s=5),  # type: ignore[arg-type]
-        write_through=lambda _: None, on_stored=freed.append,
+        Meters(workspace.root.with_suffix(".prom")), write_through=lambda _: None, on_stored=freed.append,
     )  # fmt: skip
     uploads.start()
     uploads.add(said)
