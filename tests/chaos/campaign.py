@@ -24,7 +24,7 @@ from typing import Any
 
 from sqlalchemy import text
 
-from tests.chaos.deployment import PRODUCTION, Deployment
+from tests.chaos.deployment import NODES, PRODUCTION, Deployment, end_in_order
 from tests.chaos.history import History, violations
 from tests.chaos.nemesis import Nemesis, deck, summary
 from tests.chaos.workload import Workload
@@ -39,8 +39,10 @@ RECOVERIES = text(
 
 def main() -> int:
     options = _options()
+    end_in_order()
     began = time.monotonic()
-    deployment = Deployment(trainer=options.trainer, clocks=PRODUCTION if options.production else None)
+    clocks = PRODUCTION if options.production else None
+    deployment = Deployment(trainer=options.trainer, clocks=clocks, nodes=NODES[: options.nodes])
     steps, save = (options.steps, max(1, options.steps // 10))
     workload = Workload(
         deployment.api_url, deployment.api_key, options.seed, wanted=options.jobs, steps=steps, save_steps=save
@@ -126,6 +128,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--pause", type=float, nargs=2, default=(0.2, 2.5), metavar="S", help="between faults")
     parser.add_argument("--trainer", choices=("fake", "real"), default="fake")
+    parser.add_argument("--nodes", type=int, choices=(1, 2), default=2)
     parser.add_argument("--production", action="store_true", help="production clocks instead of shortened ones")
     parser.add_argument("--report", type=Path)
     return parser.parse_args()

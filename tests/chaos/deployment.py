@@ -8,11 +8,12 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -103,22 +104,25 @@ class Disk:
 
 
 class Deployment:
-    def __init__(self, *, trainer: str = "fake", clocks: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *, trainer: str = "fake", clocks: dict[str, str] | None = None, nodes: Sequence[str] = NODES
+    ) -> None:
         self._exit = ExitStack()
         self.servers = self._exit.enter_context(private_servers())
         self.fleet = Fleet(f"tests.chaos.watched_{trainer}", on=self.servers)
         self.clocks = clocks or {}
-        self.disks = {name: disk for name in NODES if (disk := self._disk(name))}
+        self.nodes = nodes
+        self.disks = {name: disk for name in nodes if (disk := self._disk(name))}
         self.links = {
             name: {
                 "postgres": self._proxy(self.servers.admin_url),
                 "valkey": self._proxy(self.servers.redis_url),
                 "s3": self._proxy(self.servers.s3_root.endpoint_url, http=True),
             }
-            for name in (*NODES, *SCHEDULERS, "api")
+            for name in (*nodes, *SCHEDULERS, "api")
         }
         self._bases(trainer)
-        self.programs = {name: Program(name, self._launcher(name)) for name in ("api", *SCHEDULERS, *NODES)}
+        self.programs = {name: Program(name, self._launcher(name)) for name in ("api", *SCHEDULERS, *nodes)}
         with transaction(self.fleet.owner) as session:
             _, self.api_key = tenancy.create_key(session, self.fleet.project_id, "chaos", ["admin"], PEPPER)
         for program in self.programs.values():
@@ -141,7 +145,7 @@ class Deployment:
         """Of an attempt's trainer, or of its supervisor."""
         if kind == "trainer":
             return processes.marked(str(attempt_id))
-        for name in NODES:
+        for name in self.nodes:
             with suppress(OSError, ValueError, AssertionError):
                 pid = self.fleet.supervisor_pid(attempt_id, name)
                 if f"worker.supervisor\0{attempt_id}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -234,7 +238,7 @@ class Deployment:
         if not problems and not self.fleet.nothing_held():
             problems = ["a device or a slot is held"]
         problems += [f"{told.job_id}: its watcher waits" for told in workload.live()]
-        return problems or [f"{name} is not clean" for name in NODES if not self.fleet.nothing_left(name)]
+        return problems or [f"{name} is not clean" for name in self.nodes if not self.fleet.nothing_left(name)]
 
     def _proxy(self, url: str, *, http: bool = False) -> Proxy:
         return self._exit.enter_context(Proxy.of(url, http=http))
@@ -250,18 +254,18 @@ class Deployment:
         via = Via(ways["postgres"], ways["valkey"], ways["s3"])
         if name in SCHEDULERS:
             return lambda: self.fleet.scheduler(name.partition("-")[2], via=via, **own)
-        if name in NODES:
+        if name in self.nodes:
             store = str(self.fleet.home / f"models-{name}")
-            settings = own | {"MODEL_STORE": store}
+            settings = own | {"MODEL_STORE": store, "TRAINER_THREADS": "1"}
             return lambda: self.fleet.node(name, via=via, **settings)  # pyright: ignore[reportArgumentType]
         return lambda: self.fleet.serve_api(via=via)
 
     def _bases(self, trainer: str) -> None:
         """Each node has a base model of its own, and in its folder the file that its witness locks."""
-        for name in NODES:
+        for name in self.nodes:
             base = self.fleet.home / f"models-{name}" / str(self.fleet.base_id)
             base.mkdir(parents=True)
-            if trainer == "real":
+            if trainer != "fake":
                 self._real_base(base)
             (base / witness.DEVICE).touch()
             (base / "COMPLETE").touch()
@@ -275,6 +279,11 @@ class Deployment:
         with transaction(self.fleet.owner) as session:
             row = session.get_one(BaseModel, self.fleet.base_id)
             row.card = {**(row.card or {}), **json.loads(json.dumps(facts)), "name": "tiny"}
+
+
+def end_in_order() -> None:
+    """SIGTERM ends the program as an exception does: with everything that it started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def _run(*command: str) -> None:

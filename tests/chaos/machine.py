@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from tests.chaos.deployment import Deployment
+from tests.chaos.deployment import Deployment, end_in_order
 from tests.chaos.history import Told, violations
 from tests.chaos.nemesis import LINKS, MAIN, Nemesis
 from tests.chaos.workload import Workload
@@ -155,6 +155,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3)))
     options = parser.parse_args()
+    end_in_order()
     print(play(options.minutes, options.seed))
     return 0
 

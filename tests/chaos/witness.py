@@ -13,6 +13,7 @@ import runpy
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tunery.contracts.events import EXIT_OURS, Failed
@@ -25,8 +26,8 @@ VIOLATION = "WITNESS: two trainers on one device"
 STARTED = "WITNESS: started"
 
 
-def run(module: str) -> None:
-    """Take the device, then become the trainer named by `module`."""
+def run(module: str, first: Callable[[], None] = lambda: None) -> None:
+    """Take the device, do what is to be done `first`, then become the trainer named by `module`."""
     spec = TrainingSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
     line = spec.lineage
     print(STARTED, line.job_id, line.attempt_id, line.attempt_no, time.clock_gettime(time.CLOCK_BOOTTIME), flush=True)
@@ -37,6 +38,7 @@ def run(module: str) -> None:
         print(VIOLATION, flush=True)
         _say_so(spec)
         sys.exit(EXIT_OURS)
+    first()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -35,7 +35,7 @@ class Workload:
         self._requests: deque[float] = deque(maxlen=1000)
         self._random = random.Random(seed)
         self._wanted, self._cancels = wanted, cancels
-        self._training = {"max_steps": steps, "save_steps": save_steps}
+        self.training = {"max_steps": steps, "save_steps": save_steps}
         self._client = httpx.Client(
             base_url=f"{api_url}/v1", headers={"Authorization": f"Bearer {api_key}"}, timeout=httpx.Timeout(10)
         )
@@ -107,7 +107,7 @@ class Workload:
         if file is None:
             return None
         body = {"model": "tiny", "training_file": file["id"], "suffix": "slow", "seed": self._random.randrange(1000)}
-        job = self._ask("POST", "/fine_tuning/jobs", json=body | {"tunery": {"training": self._training}})
+        job = self._ask("POST", "/fine_tuning/jobs", json=body | {"tunery": {"training": self.training}})
         if job is None:
             self.unknown += 1
             return None
