@@ -79,7 +79,7 @@ class Program:
 class Disk:
     """A file system in a file, mounted at a node's home; `freeze` makes every write to it wait."""
 
-    def __init__(self, at: Path, mib: int = 512) -> None:
+    def __init__(self, at: Path, mib: int = 4096) -> None:
         self.at, self._image = at, at.with_suffix(".img")
         at.mkdir(parents=True)
         with self._image.open("wb") as file:
