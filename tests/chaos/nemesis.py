@@ -91,8 +91,11 @@ class Nemesis:
     def strike(self, kind: str, wait_s: float = 10, manner: Literal["kill", "pause"] | None = None) -> Struck:
         """Hit a victim of this kind: a busy one, if one is busy within `wait_s`."""
         self._spare_the_weak()
-        deadline = time.monotonic() + wait_s
-        while not (victim := self._choose(kind)).busy and time.monotonic() < deadline:
+        began = time.monotonic()
+        while not (victim := self._choose(kind)).busy:
+            waited = time.monotonic() - began
+            if waited > (wait_s if self._is_there(victim) else 6 * wait_s):
+                break  # an idle victim will do; nobody at all is worth a longer wait
             time.sleep(0.05)
         how, for_s = self._hit(victim, manner)
         struck = Struck(
@@ -136,6 +139,9 @@ class Nemesis:
                 case _:
                     return self._of_all(kind)
         return Victim(kind, kind, None, "nobody could say", busy=False)
+
+    def _is_there(self, victim: Victim) -> bool:
+        return victim.pid is not None or victim.kind in OTHERS
 
     def _api(self) -> Victim:
         asked, pid = self.workload.requests_lately(), self.deployment.program("api").pid
