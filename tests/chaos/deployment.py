@@ -30,7 +30,7 @@ from tests.servers import private_servers
 from tunery import tenancy
 from tunery.db import transaction
 from tunery.models import BaseModel, Node
-from worker import processes
+from worker import locks, processes
 
 NODES, SCHEDULERS = ("node-a", "node-b"), ("scheduler-1", "scheduler-2")
 PRODUCTION = {
@@ -146,10 +146,10 @@ class Deployment:
         if kind == "trainer":
             return processes.marked(str(attempt_id))
         for name in self.nodes:
-            with suppress(OSError, ValueError, AssertionError):
-                pid = self.fleet.supervisor_pid(attempt_id, name)
-                if f"worker.supervisor\0{attempt_id}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    return [pid]
+            lock = self.fleet.home / name / "attempts" / f"{attempt_id}.lock"
+            with suppress(OSError, ValueError):
+                if locks.is_taken(lock):
+                    return [int(lock.read_text())]
         return []
 
     def step(self, job_id: uuid.UUID) -> int:
