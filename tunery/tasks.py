@@ -92,6 +92,14 @@ def fail(task: Task, error: str, *, retry: bool) -> bool:
     return True
 
 
+def postpone(task: Task, error: str, for_s: float) -> None:
+    """A server was away: nobody's fault, so it uses up no try, however long that lasts."""
+    task.error = error[:4000]
+    task.tries -= 1
+    task.state, task.lease_expires_at = "queued", None
+    task.not_before = func.now() + timedelta(seconds=for_s)
+
+
 def expired(session: Session, grace_s: float) -> list[tuple[uuid.UUID, uuid.UUID | None]]:
     """Leased tasks whose node fell silent, and their jobs. Not locked: a job is locked before its task."""
     late = Task.lease_expires_at < func.now() - timedelta(seconds=grace_s)

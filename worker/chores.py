@@ -33,6 +33,7 @@ from tunery.telemetry import tracing
 from worker import model_store
 from worker.isolation import fetching
 from worker.isolation.host import Ways
+from worker.patience import passing
 
 log = structlog.get_logger(__name__)
 
@@ -79,10 +80,16 @@ class Chores:
             told.info("task done")
         except TaskFenced:
             told.warning("task was taken away")
-        except DBAPIError:
+        except Unavailable as error:
+            told.warning("a server is away; the task waits for it", error=str(error)[:300])
+            self._postpone(lease, str(error))
+        except DBAPIError as error:
             told.warning("task will be tried again", exc_info=True)
-            self._give_up(lease, "the database did not take the result", retry=True)
-        except (Unavailable, CorruptObject, OSError) as error:
+            if passing(error):
+                self._postpone(lease, "the database was away")
+            else:
+                self._give_up(lease, "the database did not take the result", retry=True)
+        except (CorruptObject, OSError) as error:
             told.warning("task will be tried again", error=str(error)[:300])
             self._give_up(lease, str(error), retry=True)
         except Exception as error:  # noqa: BLE001 - the edge of a task: the node must go on
@@ -258,6 +265,13 @@ class Chores:
         finally:
             over.set()
             thread.join(timeout=5)
+
+    def _postpone(self, lease: Lease, problem: str) -> None:
+        try:
+            with transaction(self._sessions) as session:
+                tasks.postpone(tasks.hold(session, lease), problem, self._settings.poll_s)
+        except (TaskFenced, DBAPIError) as error:
+            log.warning("could not hand a task back; its lease runs out", task=str(lease.id), error=str(error)[:200])
 
     def _give_up(self, lease: Lease, problem: str, *, retry: bool) -> None:
         """Hand the task back for another try; when its tries are used up, its job or model fails with it."""

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from tests.chaos.faults import (
     SLOW_DOWN,
@@ -140,6 +142,25 @@ def test_a_supervisor_killed_between_store_and_database(
         first, *_ = running.attempts(job_id)
         assert (first.state, first.failure_code) == (("succeeded", None) if published else ("lost", "worker_lost"))
         running.until(running.nothing_left, 20)
+
+
+def test_a_data_check_waits_for_the_store_and_uses_up_no_try(via: Via, succeeds: Callable[..., None]) -> None:
+    """F16: however long it is away, no job fails for it."""
+    assert via.s3
+    with fleet(via=Via(s3=via.s3)) as running:
+        running.scheduler()
+        running.node()
+        via.s3.set(refuse())
+        job_id = running.submit("ok", steps=3, rows=_rows("waits"))
+
+        def put_back() -> Any:
+            with running.look() as session:
+                query = "SELECT tries FROM tasks WHERE state = 'queued' AND error IS NOT NULL"
+                return session.execute(text(query)).first()
+
+        assert running.until(put_back).tries == 0
+        via.s3.set()
+        succeeds(running, job_id, attempts=1)
 
 
 def test_a_data_check_killed_before_it_could_say_so_is_done_again(
