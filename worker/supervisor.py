@@ -10,30 +10,22 @@ import os
 import queue
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
 import uuid
-from contextlib import suppress
 from pathlib import Path
 
 import structlog
-from pydantic import ValidationError
 from sqlalchemy.engine import Engine
 
 from tunery import failpoints, ids, leases, nodes
-from tunery.contracts.channel import LineTooLong, read_lines, send_line
 from tunery.contracts.events import (
-    EVENTS,
     OUTCOMES,
-    PROTOCOL,
     Checkpoint,
-    Command,
     Event,
     Failed,
     Finished,
-    Started,
     Stop,
     Stopped,
     Stored,
@@ -53,6 +45,7 @@ from worker.ending import Ending, NoOutcome
 from worker.isolation.host import Ways
 from worker.keeper import Keeper
 from worker.launch_guard import Driver, Nvml
+from worker.line import Line
 from worker.meters import Meters
 from worker.patience import OutageTooLong, persist
 from worker.recorder import Recorder
@@ -63,12 +56,9 @@ from worker.workspace import Work, Workspace
 log = structlog.get_logger(__name__)
 
 _CANCEL_GRACE_S = 20
-_NUL, _REPLACEMENT = b"\\u0000", b"\\ufffd"
-"""Postgres stores no NUL; what a model wrote must not stop its own result from being stored."""
 _CONNECT_S = 120
 """A trainer connects before it loads anything heavy."""
 
-Said = Event | type[EOFError]
 _HANDLED = {signal.SIGUSR1, signal.SIGTERM}
 """Blocked from before our pid can be known until we can handle them: their default action is to end us."""
 
@@ -89,7 +79,7 @@ class Supervisor:
         self._driver = driver or Nvml()
         self._sessions, self._settings = sessions, settings
         self._meters, self._trace = Meters(workspace.root.with_suffix(".prom")), TrainingTrace()
-        self._inbox: queue.Queue[Said] = queue.Queue(maxsize=10_000)
+        self._line = Line(workspace)
         self._trainer = trainers.choose(work, workspace, settings, Ways.inherited(settings))
         # renewals must not wait behind anybody's slow statement
         own = make_engine(settings.database_url.get_secret_value(), pool_size=1, statement_timeout_s=5)
@@ -99,7 +89,7 @@ class Supervisor:
             settings,
             on_stop=self._on_stop,
             on_fenced=self._on_fenced,
-            tick=lambda: self._tell(Tick()),
+            tick=lambda: self._line.tell(Tick()),
             on_late=self._meters.late_renewals.inc,
         )
         self._recorder = Recorder(work, sessions)
@@ -111,12 +101,9 @@ class Supervisor:
             settings,
             self._meters,
             write_through=self._recorder.write_through,
-            on_stored=lambda step: self._tell(Stored(step=step)),
+            on_stored=lambda step: self._line.tell(Stored(step=step)),
         )
         self._logs = LogUploads(work, workspace, storage, sessions, settings)
-        self._connection: socket.socket | None = None
-        self._telling = threading.Lock()
-        self._untold: Stop | None = None
         self._interrupted = threading.Event()
         """Somebody wants this attempt to stop: what waits for a server need not wait any longer."""
         self._asked: list[StopReason] = []
@@ -131,7 +118,6 @@ class Supervisor:
         signal.signal(signal.SIGUSR1, lambda *_: self._keeper.poke())
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         ending = Ending(self._work, self._workspace, self._storage, self._sessions, self._settings)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._keeper.start()
             with tracing.span("tunery.job.prepare") as span:
@@ -145,18 +131,15 @@ class Supervisor:
                 return
             if self._refused_by_device():
                 return
-            listener.bind(str(self._workspace.socket))
-            self._workspace.socket.chmod(0o600)
-            listener.listen(1)
+            self._line.open()
             self._trainer.start()
             log.info("trainer started")
-            threading.Thread(target=self._listen, args=(listener,), name="listener", daemon=True).start()
-            for helper in (self._recorder, self._checkpoints, self._logs):
+            for helper in (self._line, self._recorder, self._checkpoints, self._logs):
                 helper.start()
             outcome = self._blame(self._watch())
             self._trace.over("the trainer went without a word" if isinstance(outcome, NoOutcome) else None)
             gone = self._trainer.end()
-            self._hang_up()
+            self._line.hang_up()
             if self._fenced:
                 self._checkpoints.finish(abandon=True)
                 log.warning("fenced; the attempt belongs to somebody else now")
@@ -178,9 +161,8 @@ class Supervisor:
             # a poke inside stop() would wait for a lock that this very thread holds
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
             self._trainer.end()
-            self._hang_up()
+            self._line.close()
             self._keeper.stop()
-            listener.close()
             self._meters.save(now=True)
             self._workspace.remove()
 
@@ -231,39 +213,12 @@ class Supervisor:
         persist("giving the attempt back", give_back, self._settings.outage_grace_s)
         return True
 
-    def _listen(self, listener: socket.socket) -> None:
-        """Accept the trainer and pass on what it says. The bounded inbox makes a flood wait in the socket."""
-        try:
-            connection, _ = listener.accept()
-            # a trainer that does not read must not make us wait when we tell it something
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 5, 0))
-            with self._telling:
-                self._connection, untold = connection, self._untold
-            if untold is not None:
-                self._tell(untold)
-            for line in read_lines(connection):
-                event = _understood(EVENTS.validate_json(line.replace(_NUL, _REPLACEMENT)))
-                self._inbox.put(self._ours(event))
-        except OSError:
-            pass  # closed because the attempt is over
-        except (LineTooLong, ValidationError) as error:
-            log.error("the trainer broke the protocol", error=str(error)[:500])
-            self._inbox.put(Failed(code=FailureCode.INTERNAL, message="The trainer sent a line that is no event."))
-        self._inbox.put(EOFError)
-
-    def _ours(self, event: Event) -> Event:
-        """The event; or, when a trainer names a folder that is not its own to store or delete, its end."""
-        if not isinstance(event, Checkpoint | Finished) or self._workspace.holds(event.path):
-            return event
-        message = f"The trainer named a folder outside its workspace: {event.path[:200]}"
-        return Failed(code=FailureCode.INTERNAL, message=message, seq=event.seq, time=event.time, step=event.step)
-
     def _watch(self) -> Event | NoOutcome:
         """Until the trainer has said how it ended, or is gone, or has to go."""
         began = heard = time.monotonic()
         while True:
             if self._fenced:
-                self._tell(Stop(reason=StopReason.FENCED, checkpoint=False, deadline_s=0))
+                self._line.tell(Stop(reason=StopReason.FENCED, checkpoint=False, deadline_s=0))
                 return NoOutcome(None, self._trainer.lost)
             self._meters.save()
             if (reason := self._reason()) is not None and reason is not self._stop:
@@ -271,9 +226,9 @@ class Supervisor:
             if self._kill_at is not None and time.monotonic() > self._kill_at:
                 return NoOutcome(None, self._trainer.lost)  # also of a trainer that talks on and on
             try:
-                said = self._inbox.get(timeout=0.5)
+                said = self._line.hear(0.5)
             except queue.Empty:
-                if self._connection is None:
+                if not self._line.connected:
                     heard = time.monotonic()  # whoever never connects has a time limit of its own
                     if heard - began > _CONNECT_S:
                         return NoOutcome(self._trainer.exit_code(), self._trainer.lost)
@@ -308,7 +263,7 @@ class Supervisor:
         """A process may be gone before its last lines were read."""
         while True:
             try:
-                said = self._inbox.get(timeout=0.5)
+                said = self._line.hear(0.5)
             except queue.Empty:
                 return otherwise
             if isinstance(said, type):
@@ -333,14 +288,7 @@ class Supervisor:
         grace = min(_CANCEL_GRACE_S, self._settings.stop_grace_s) if cancelled else self._settings.stop_grace_s
         self._kill_at = time.monotonic() + grace
         log.info("asking the trainer to stop", reason=reason, grace_s=grace)
-        self._tell(Stop(reason=reason, checkpoint=not cancelled, deadline_s=grace))
-
-    def _tell(self, command: Command) -> None:
-        with self._telling, suppress(OSError):  # a closed end is noticed by whoever reads it
-            if self._connection is not None:
-                send_line(self._connection, command)
-            elif isinstance(command, Stop):
-                self._untold = command  # said as soon as somebody listens
+        self._line.tell(Stop(reason=reason, checkpoint=not cancelled, deadline_s=grace))
 
     def _on_sigterm(self, _number: int, _frame: object) -> None:
         self._shutdown = True  # a full inbox must not swallow it
@@ -366,28 +314,11 @@ class Supervisor:
             return StopReason.CANCEL
         return StopReason.SHUTDOWN if self._shutdown else (self._asked[-1] if self._asked else None)
 
-    def _hang_up(self) -> None:
-        """An engine detaches the attempt when its connection closes, and must do so before its bytes are given on."""
-        if self._connection is not None:
-            with suppress(OSError):
-                self._connection.shutdown(socket.SHUT_RDWR)
-
     def _free(self) -> None:
         """The device is free as soon as nothing runs on it: a slow store must not keep it idle."""
         with transaction(self._sessions) as session:
             leases.hold(session, self._work.attempt_id, self._work.fence)
             leases.release(session, self._work.attempt_id)
-
-
-def _understood(event: Event) -> Event:
-    """The event; or, when a trainer of another release introduces itself, the end of its attempt."""
-    if not isinstance(event, Started) or event.protocol == PROTOCOL:
-        return event
-    message = (
-        f"The trainer speaks version {event.protocol} of the protocol, this node version {PROTOCOL}: they are of "
-        "different releases. Restart the node (docs/upgrade.md)."
-    )
-    return Failed(code=FailureCode.INTERNAL, message=message, seq=event.seq, time=event.time, step=event.step)
 
 
 def _name(outcome: Event | NoOutcome) -> str:

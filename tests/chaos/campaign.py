@@ -53,7 +53,7 @@ def main() -> int:
     try:
         workload.start()
         time.sleep(5)
-        for number, kind in enumerate(deck(options.faults, options.seed), 1):
+        for number, kind in enumerate(deck(options.faults, options.seed, options.least), 1):
             struck = nemesis.strike(kind, wait_s=60 if options.production else 15)
             jobs = f"{len(workload.told)} jobs, {len(workload.live())} live"
             sys.stderr.write(
@@ -122,6 +122,7 @@ def _report(
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.campaign", description=__doc__)
     parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument("--least", type=int, default=0, help="each main victim at least so often")
     parser.add_argument("--minutes", type=float, default=0, help="stop earlier, after so long")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3)))
     parser.add_argument("--jobs", type=int, default=4, help="alive at a time")

@@ -80,6 +80,8 @@ class Nemesis:
     def __init__(self, deployment: Deployment, workload: Workload, seed: int, *, scale: float = 1) -> None:
         self.deployment, self.workload = deployment, workload
         self.struck: list[Struck] = []
+        self._hit_already: set[tuple[str, str]] = set()
+        """An attempt is hit once: what a killed one leaves behind is not its next life."""
         self.spared = 0
         """How often it waited because one more fault would have been a job's third in a row without progress."""
         self._random = random.Random(seed)
@@ -90,12 +92,12 @@ class Nemesis:
 
     def strike(self, kind: str, wait_s: float = 10, manner: Literal["kill", "pause"] | None = None) -> Struck:
         """Hit a victim of this kind: a busy one, if one is busy within `wait_s`."""
-        self._spare_the_weak()
+        self.spared += self._weak()
         began = time.monotonic()
-        while not (victim := self._choose(kind)).busy:
+        while not (victim := self._choose(kind)).busy or self._weak():
             waited = time.monotonic() - began
-            if waited > (wait_s if self._is_there(victim) else 6 * wait_s):
-                break  # an idle victim will do; nobody at all is worth a longer wait
+            if waited > (wait_s if self._is_there(victim) and not self._weak() else 6 * wait_s):
+                break  # an idle victim will do; nobody at all, or a job's last life, is worth a longer wait
             time.sleep(0.05)
         how, for_s = self._hit(victim, manner)
         struck = Struck(
@@ -103,6 +105,7 @@ class Nemesis:
             victim.job, round(for_s, 2),
         )  # fmt: skip
         self.struck.append(struck)
+        self._hit_already.add((kind, victim.name.rpartition(" ")[2]))
         return struck
 
     def later(self, seconds: float, mend: Callable[[], Any]) -> None:
@@ -150,8 +153,8 @@ class Nemesis:
     def _of_attempt(self, kind: str) -> Victim:
         found = []
         for attempt in self._live():
-            pids = self.deployment.pids(kind, attempt.id)
-            if pids:
+            again = (kind, str(attempt.id)) in self._hit_already
+            if (pids := self.deployment.pids(kind, attempt.id)) and not again:
                 state = f"attempt {attempt.no} {attempt.state}, step {self.deployment.step(attempt.job_id)}"
                 busy = attempt.state in ("running", "publishing") or kind == "supervisor"
                 found.append(Victim(kind, f"{kind} of {attempt.id}", pids[0], state, busy, str(attempt.job_id)))
@@ -260,16 +263,8 @@ class Nemesis:
         except SQLAlchemyError:  # the database may be the last victim
             return []
 
-    def _spare_the_weak(self) -> None:
-        """Three faults in a row without progress end a job, as promised: that rule is not what is tested here."""
-        deadline = time.monotonic() + 60
-        waited = False
-        while time.monotonic() < deadline and self._weak():
-            waited = True
-            time.sleep(0.2)
-        self.spared += waited
-
     def _weak(self) -> bool:
+        """Three faults in a row without progress end a job, as promised: that rule is not what is tested here."""
         query = select(Job.id).where(
             Job.state.in_(("queued", "starting", "running")),
             Job.faults_without_progress >= MAX_FAULTS_WITHOUT_PROGRESS - 1,
@@ -278,7 +273,7 @@ class Nemesis:
             with self._look() as session:
                 return session.scalar(query) is not None
         except SQLAlchemyError:
-            return False
+            return False  # nobody can say; then the database itself is being hit
 
 
 def summary(struck: list[Struck]) -> dict[str, Any]:
