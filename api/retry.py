@@ -20,6 +20,8 @@ MOST = 3
 _PAUSE_S = 0.05
 _LOST = ("40001", "40P01")
 """SQLSTATEs: serialization failure, deadlock."""
+_FOUND = ("route", "path_params", "state")
+"""What the router and the route leave in the scope, for the log, the metrics and the trace around us."""
 _MARK = "tunery.lost_a_race"
 
 
@@ -45,6 +47,7 @@ class Retry:
             fresh = {**scope, "state": dict(scope.get("state", {})), _MARK: run.lost}
             await self._app(fresh, run.receive, run.send)
             if not run.withheld:
+                scope.update({name: fresh[name] for name in _FOUND if name in fresh})
                 return
             log.warning("a transaction lost a race; the request is run again", again=number + 1)
             await anyio.sleep(_PAUSE_S * 2**number * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
