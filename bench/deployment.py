@@ -125,7 +125,7 @@ def _logged(path: Path, attempt: str) -> dict[str, float]:
         if attempt not in line or not line.startswith("{"):
             continue
         entry = json.loads(line)
-        found.setdefault(entry["message"], datetime.fromisoformat(entry["timestamp"]).timestamp())
+        found.setdefault(entry["message"], datetime.fromisoformat(entry["time"]).timestamp())
     return found
 
 
