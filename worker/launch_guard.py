@@ -70,11 +70,12 @@ class Nvml:
             handle = pynvml.nvmlDeviceGetHandleByUUID(device)
             pynvml.nvmlDeviceGetMemoryInfo(handle)
             wrong, volatile = pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+            unsupported = pynvml.nvmlExceptionClass(pynvml.NVML_ERROR_NOT_SUPPORTED)
             # a GPU without ECC, or without rows to spare, says so, and that is no ailment
-            with suppress(pynvml.NVMLError_NotSupported):
+            with suppress(unsupported):
                 if count := int(pynvml.nvmlDeviceGetTotalEccErrors(handle, wrong, volatile)):
                     return f"{count} ECC errors that could not be corrected since it was reset"
-            with suppress(pynvml.NVMLError_NotSupported):
+            with suppress(unsupported):
                 *_, failed = pynvml.nvmlDeviceGetRemappedRows(handle)
                 if failed:
                     return "its memory has more broken rows than it can replace"
