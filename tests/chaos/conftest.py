@@ -43,10 +43,15 @@ def succeeds() -> Callable[..., None]:
 
 
 def assert_succeeds(
-    running: Fleet, job_id: uuid.UUID, *, attempts: int | None = None, steps: int | None = None
+    running: Fleet,
+    job_id: uuid.UUID,
+    *,
+    attempts: int | None = None,
+    steps: int | None = None,
+    timeout_s: float = 60,
 ) -> None:
     """The job ends well: one version, rising fences, every step's loss stored by the attempts in unbroken order."""
-    assert running.ends(job_id) == "succeeded"
+    assert running.ends(job_id, timeout_s) == "succeeded"
     made = running.attempts(job_id)
     assert attempts is None or len(made) == attempts, [(one.state, one.failure_code) for one in made]
     assert [one.fence for one in made] == sorted({one.fence for one in made})

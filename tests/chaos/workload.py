@@ -28,6 +28,8 @@ class Workload:
         self.told: dict[str, Told] = {}
         self.files: dict[str, str] = {}
         """Of each job."""
+        self._deletes: set[str] = set()
+        """Files whose deletion was asked for, whatever came back."""
         self.unknown = 0
         """Submissions whose answer was lost: there may be a job, and nobody was told."""
         self.refused: list[str] = []
@@ -83,14 +85,15 @@ class Workload:
     def cancel(self, told: Told) -> None:
         told.cancelled = True
         for _ in range(100):
-            if self._over.is_set() or self._ask("POST", f"/fine_tuning/jobs/{told.job_id}/cancel", conflict=True):
+            if self._over.is_set() or self._ask("POST", f"/fine_tuning/jobs/{told.job_id}/cancel", expected=(409,)):
                 return
             time.sleep(0.3)
 
     def delete_file(self) -> None:
         """The newest job's: whatever the answer, no job may suffer from it."""
-        newest = max(self.files)
-        self._ask("DELETE", f"/files/{self.files[newest]}", conflict=True)
+        file = self.files[max(self.files)]
+        gone_before, self._deletes = file in self._deletes, self._deletes | {file}
+        self._ask("DELETE", f"/files/{file}", expected=(404, 409) if gone_before else (409,))
 
     def _submit_on(self) -> None:
         while not self._over.wait(0.1):
@@ -124,12 +127,12 @@ class Workload:
                     if job is not None and told.statuses[-1:] != [job["status"]]:
                         told.statuses.append(job["status"])
 
-    def _ask(self, method: str, path: str, *, conflict: bool = False, **more: Any) -> dict[str, Any] | None:
+    def _ask(self, method: str, path: str, *, expected: tuple[int, ...] = (), **more: Any) -> dict[str, Any] | None:
         """The answer's body; None if there was no answer, or one that says to come again."""
         self._requests.append(time.monotonic())
         with contextlib.suppress(httpx.HTTPError):
             answer = self._client.request(method, path, **more)
-            if answer.is_success or (conflict and answer.status_code == 409):
+            if answer.is_success or answer.status_code in expected:
                 return answer.json()
             if answer.status_code not in (503, 429):
                 self.refused.append(f"{method} {path}: {answer.status_code} {answer.text[:300]}")
