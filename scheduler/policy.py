@@ -7,29 +7,28 @@ would take room it is waiting for: nothing behind it may start on a node where i
 import uuid
 from dataclasses import replace
 
-from tunery.contracts.scheduling import Decision, GpuView, JobView, NodeView, Snapshot, Start, Wait
-
-GIB = 1 << 30
+from tunery.contracts.scheduling import GpuView, JobView, NodeView, Plan, Reason, Snapshot, Start, Wait, WaitCode
 
 
-def schedule(snapshot: Snapshot) -> list[Decision]:
+def schedule(snapshot: Snapshot) -> Plan:
     """One decision a waiting job, in the order of the queue. No clock, no randomness, no I/O."""
     nodes = {node.id: node for node in snapshot.nodes}
     blocked: set[uuid.UUID] = set()
     """Nodes kept for an older job that will fit there once they are free."""
-    decisions: list[Decision] = []
+    starts: list[Start] = []
+    waits: list[Wait] = []
     ahead = 0
     for job in sorted(snapshot.jobs, key=lambda job: (job.queued_at, job.id)):
         able = [node for node in nodes.values() if _could_ever_run(node, job)]
         start = _place(job, [node for node in able if node.id not in blocked])
         if start is not None:
-            decisions.append(start)
+            starts.append(start)
             nodes[start.node_id] = _take(nodes[start.node_id], start)
         else:
-            decisions.append(Wait(job.id, _reason(job, list(nodes.values()), able, ahead)))
+            waits.append(Wait(job.id, _reason(job, list(nodes.values()), able, ahead)))
             blocked |= {node.id for node in able}
             ahead += 1
-    return decisions
+    return Plan(tuple(starts), waits=tuple(waits))
 
 
 def _could_ever_run(node: NodeView, job: JobView) -> bool:
@@ -56,13 +55,13 @@ def _take(node: NodeView, start: Start) -> NodeView:
     return replace(node, free_slots=node.free_slots - 1, gpus=gpus)
 
 
-def _reason(job: JobView, nodes: list[NodeView], able: list[NodeView], ahead: int) -> str:
-    need = f"needs {job.gpus} x {job.required_bytes / GIB:.1f} GiB"
+def _reason(job: JobView, nodes: list[NodeView], able: list[NodeView], ahead: int) -> Reason:
+    need = ("gpus", job.gpus), ("bytes", job.required_bytes)
     if not nodes:
-        return f"{need}; no node is up that has room on its disk"
+        return Reason(WaitCode.NO_NODE, need)
     if not able:
         largest = max((gpu.usable_bytes for node in nodes for gpu in node.gpus), default=0)
-        return f"{need} on one node, but the largest device that is up has {largest / GIB:.1f} GiB"
+        return Reason(WaitCode.TOO_LARGE, (*need, ("largest", largest)))
     busy = sum(gpu.free_bytes < gpu.usable_bytes for node in able for gpu in node.gpus)
     total = sum(len(node.gpus) for node in able)
-    return f"{need}; {busy} of {total} suitable devices are busy and {ahead} waiting jobs are ahead"
+    return Reason(WaitCode.BUSY, (*need, ("busy", busy), ("total", total), ("ahead", ahead)))

@@ -167,9 +167,9 @@ class Scheduler:
         if not world.jobs:
             return 0
         with metrics.PASS.time():
-            decisions = schedule(world)
+            plan = schedule(world)
             with transaction(self._sessions) as session:
-                assigned = queue.apply(session, epoch, decisions)
+                assigned = queue.apply(session, epoch, plan)
                 failpoints.reach("assign.made")
         if assigned:
             log.info("assigned", jobs=len(assigned), waiting=len(world.jobs) - len(assigned))

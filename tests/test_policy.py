@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.policy import schedule
-from tunery.contracts.scheduling import GpuView, JobView, NodeView, Snapshot, Start, Wait
+from tunery import waiting
+from tunery.contracts.scheduling import GpuView, JobView, NodeView, Snapshot
 
 GIB = 1 << 30
 
@@ -26,46 +27,43 @@ def job(at: float, need: int = 10, gpus: int = 1) -> JobView:
 
 def test_the_oldest_starts_first_and_the_rest_say_why_they_wait():
     late, early = job(2), job(1)
-    first, second = schedule(Snapshot((late, early), (node(80),)))
-    assert isinstance(first, Start)
-    assert first.job_id == early.id
-    assert second == Wait(late.id, "needs 1 x 10.0 GiB; 1 of 1 suitable devices are busy and 0 waiting jobs are ahead")
+    plan = schedule(Snapshot((late, early), (node(80),)))
+    assert [start.job_id for start in plan.starts] == [early.id]
+    (wait,) = plan.waits
+    assert wait.job_id == late.id
+    said = waiting.message(wait.reason)
+    assert said == "needs 1 x 10.0 GiB; 1 of 1 suitable devices are busy and 0 waiting jobs are ahead"
 
 
 def test_the_smallest_device_that_is_large_enough_is_taken():
     both = node(80, 24)
-    (start,) = schedule(Snapshot((job(1, need=20),), (both,)))
-    assert isinstance(start, Start)
+    (start,) = schedule(Snapshot((job(1, need=20),), (both,))).starts
     assert start.gpu_ids == (both.gpus[1].id,)
 
 
 def test_what_fits_nowhere_says_what_the_largest_device_has():
-    (wait,) = schedule(Snapshot((job(1, need=100),), (node(80), node(24))))
-    assert isinstance(wait, Wait)
-    assert "the largest device that is up has 80.0 GiB" in wait.reason
+    (wait,) = schedule(Snapshot((job(1, need=100),), (node(80), node(24)))).waits
+    assert "the largest device that is up has 80.0 GiB" in waiting.message(wait.reason)
 
 
 def test_with_no_node_up_a_job_says_so():
-    (wait,) = schedule(Snapshot((job(1),), ()))
-    assert isinstance(wait, Wait)
-    assert "no node is up" in wait.reason
+    (wait,) = schedule(Snapshot((job(1),), ())).waits
+    assert "no node is up" in waiting.message(wait.reason)
 
 
 def test_a_younger_small_job_does_not_overtake_an_older_one_that_waits_for_the_same_node():
     busy = node(80, 80, used=0)
     busy = NodeView(busy.id, busy.name, 8, (busy.gpus[0], gpu(busy.id, 80, used=80)))
     pair, single = job(1, gpus=2), job(2)
-    decisions = schedule(Snapshot((pair, single), (busy,)))
-    assert all(isinstance(decision, Wait) for decision in decisions)
+    assert not schedule(Snapshot((pair, single), (busy,))).starts
 
 
 def test_but_it_may_start_where_the_older_one_could_never_run():
     big, small = node(80, used=80), node(24)
     huge, little = job(1, need=60), job(2, need=10)
-    decisions = schedule(Snapshot((huge, little), (big, small)))
-    assert isinstance(decisions[0], Wait)
-    assert isinstance(decisions[1], Start)
-    assert decisions[1].node_id == small.id
+    (start,) = schedule(Snapshot((huge, little), (big, small))).starts
+    assert start.job_id == little.id
+    assert start.node_id == small.id
 
 
 nodes_strategy = st.lists(
@@ -83,9 +81,10 @@ jobs_strategy = st.lists(st.builds(job, st.floats(0, 100), st.integers(1, 100), 
 @given(nodes_strategy, jobs_strategy)
 def test_no_plan_ever_overcommits_a_gpu_or_a_slot_and_every_job_gets_one_answer(nodes, jobs):
     snapshot = Snapshot(tuple(jobs), tuple(nodes))
-    decisions = schedule(snapshot)
-    assert sorted(decision.job_id for decision in decisions) == sorted(job.id for job in jobs)
-    starts = [decision for decision in decisions if isinstance(decision, Start)]
+    plan = schedule(snapshot)
+    starts = plan.starts
+    answered = [start.job_id for start in starts] + [wait.job_id for wait in plan.waits]
+    assert sorted(answered) == sorted(job.id for job in jobs)
     taken = [gpu_id for start in starts for gpu_id in start.gpu_ids]
     assert len(taken) == len(set(taken))
     by_id = {gpu.id: gpu for node in nodes for gpu in node.gpus}
@@ -96,4 +95,4 @@ def test_no_plan_ever_overcommits_a_gpu_or_a_slot_and_every_job_gets_one_answer(
         )
     for place in nodes:
         assert sum(start.node_id == place.id for start in starts) <= place.free_slots
-    assert schedule(snapshot) == decisions
+    assert schedule(snapshot) == plan

@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from tests import factories
 from tests.factories import GIB, Database, FleetNode, Tenant, Work
 from tunery import queue
-from tunery.contracts.scheduling import Start, Wait
+from tunery.contracts.scheduling import Plan, Reason, Start, Wait, WaitCode
 from tunery.db import Sessions, transaction
 from tunery.models import Attempt, Job, Leader, Node, Outbox
 from tunery.queue import Deposed
@@ -78,17 +78,17 @@ def test_a_deposed_epoch_applies_nothing(
     assert lead(scheduler, "a") == 1
     expire(database)
     with pytest.raises(Deposed), transaction(scheduler) as session:
-        queue.apply(session, 1, [start])  # expired, though nobody has taken over yet
+        queue.apply(session, 1, Plan((start,)))  # expired, though nobody has taken over yet
     assert lead(scheduler, "b") == 2
     for decide in (
-        lambda session: queue.apply(session, 1, [start]),
+        lambda session: queue.apply(session, 1, Plan((start,))),
         lambda session: queue.forgive_outage(session, 1, 10, 45),
     ):
         with pytest.raises(Deposed), transaction(scheduler) as session:
             decide(session)
     assert factories.look(work).fence == 0 and factories.free_bytes(node) == node.usable_bytes
     with transaction(scheduler) as session:
-        assert len(queue.apply(session, 2, [start])) == 1
+        assert len(queue.apply(session, 2, Plan((start,)))) == 1
 
 
 def test_nobody_takes_over_in_the_middle_of_a_decision(scheduler: Sessions, database: Database) -> None:
@@ -107,15 +107,15 @@ def test_a_refused_decision_costs_only_itself(
     roomy = factories.node(database)
     first, second, third = (factories.queued(project, node) for _ in range(3))
     lead(scheduler, "a")
-    decisions = [
+    starts = (
         Start(first.job_id, node.id, node.gpu_ids, GIB),
         Start(second.job_id, node.id, node.gpu_ids, GIB),  # the GPU is taken by now
-        Wait(second.job_id, "needs 1 GPU; 0 free"),
         Start(third.job_id, roomy.id, roomy.gpu_ids, GIB),
-    ]
+    )
+    wait = Wait(second.job_id, Reason(WaitCode.NO_NODE, (("gpus", 1), ("bytes", GIB))))
     with transaction(scheduler) as session:
-        assert len(queue.apply(session, 1, decisions)) == 2
-    assert factories.look(second).wait_reason == "needs 1 GPU; 0 free"
+        assert len(queue.apply(session, 1, Plan(starts, waits=(wait,)))) == 2
+    assert factories.look(second).wait_reason == "needs 1 x 1.0 GiB; no node is up that has room on its disk"
     assert factories.look(second).fence == 0 < factories.look(first).fence < factories.look(third).fence
     with factories.owner(database) as session:
         rung = set(session.scalars(select(Outbox.payload["node_id"].astext).where(Outbox.topic == "ring_node")))
@@ -127,7 +127,7 @@ def test_a_job_that_no_longer_waits_is_not_started(scheduler: Sessions, project:
     lead(scheduler, "a")
     factories.cancel(work)
     with transaction(scheduler) as session:
-        assert queue.apply(session, 1, [Start(work.job_id, node.id, node.gpu_ids, GIB)]) == []
+        assert queue.apply(session, 1, Plan((Start(work.job_id, node.id, node.gpu_ids, GIB),))) == []
     assert factories.free_bytes(node) == node.usable_bytes
 
 
@@ -178,7 +178,7 @@ def test_two_live_attempts_of_one_job_cannot_be(
     work, other = factories.assigned(project, node), factories.node(database)
     lead(scheduler, "a")
     with transaction(scheduler) as session:
-        assert queue.apply(session, 1, [Start(work.job_id, other.id, other.gpu_ids, GIB)]) == []
+        assert queue.apply(session, 1, Plan((Start(work.job_id, other.id, other.gpu_ids, GIB),))) == []
     with factories.owner(database) as session:
         query = select(func.count()).select_from(Attempt).where(Attempt.job_id == work.job_id)
         assert session.scalar(query) == 1

@@ -10,8 +10,8 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from tunery import ids, outbox
-from tunery.contracts.scheduling import Decision, GpuView, JobView, NodeView, Snapshot, Start, Wait
+from tunery import ids, outbox, waiting
+from tunery.contracts.scheduling import GpuView, JobView, NodeView, Plan, Snapshot, Start, Wait
 from tunery.models import (
     RESUMABLE,
     Allocation,
@@ -120,25 +120,24 @@ def _nodes(session: Session, silent_after_s: float) -> Iterable[NodeView]:
     return (NodeView(node.id, node.name, slots[node.id], tuple(gpus[node.id])) for node in nodes)
 
 
-def apply(session: Session, epoch: int, decisions: Iterable[Decision]) -> list[uuid.UUID]:
-    """Carry decisions out in this transaction; returns the attempts that were assigned.
+def apply(session: Session, epoch: int, plan: Plan) -> list[uuid.UUID]:
+    """Carry a plan out in this transaction; returns the attempts that were assigned.
 
     Each start has a savepoint: one that the schema refuses, because the world moved on, costs only itself.
     """
     assert_leader(session, epoch)
     assigned: list[uuid.UUID] = []
-    for decision in decisions:
-        if isinstance(decision, Wait):
-            _explain(session, decision)
-            continue
+    for start in plan.starts:
         try:
             with session.begin_nested():
-                attempt_id = assign(session, decision)
+                attempt_id = assign(session, start)
         except (NodeFull, IntegrityError) as refused:
-            log.warning("decision refused by the schema", job=ids.encode(ids.JOB, decision.job_id), error=str(refused))
+            log.warning("decision refused by the schema", job=ids.encode(ids.JOB, start.job_id), error=str(refused))
             continue
         if attempt_id is not None:
             assigned.append(attempt_id)
+    for wait in plan.waits:
+        _explain(session, wait)
     return assigned
 
 
@@ -216,8 +215,9 @@ def _assign_span(session: Session, job: Job, last_no: int) -> tracing.Span:
 
 
 def _explain(session: Session, wait: Wait) -> None:
-    changed = (Job.id == wait.job_id, Job.state == JobState.QUEUED, Job.wait_reason.is_distinct_from(wait.reason))
-    session.execute(update(Job).where(*changed).values(wait_reason=wait.reason))
+    reason = waiting.message(wait.reason)
+    changed = (Job.id == wait.job_id, Job.state == JobState.QUEUED, Job.wait_reason.is_distinct_from(reason))
+    session.execute(update(Job).where(*changed).values(wait_reason=reason))
 
 
 def live_attempts(session: Session) -> list[uuid.UUID]:

@@ -1,9 +1,11 @@
 """Where work runs: nodes, GPUs, attempts and what they hold, tasks, the outbox, the leader."""
 
 import uuid
+from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     CheckConstraint,
     ForeignKey,
@@ -11,8 +13,10 @@ from sqlalchemy import (
     Identity,
     Index,
     LargeBinary,
+    Numeric,
     Sequence,
     UniqueConstraint,
+    Uuid,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -44,6 +48,8 @@ class Node(Base):
     task_slots: Mapped[int]
     version: Mapped[str]
     info: Mapped[Json]
+    labels: Mapped[dict[str, str]] = mapped_column(JSONB, default=dict, server_default="{}")
+    """What jobs may ask for: `rack=b`, `interconnect=nvlink`."""
     registered_at: Mapped[Created]
     last_seen_at: Mapped[Moment] = mapped_column(server_default=text("now()"))
     removed_at: Mapped[Moment | None]
@@ -100,6 +106,23 @@ class Gpu(Base):
     reserved_bytes: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
     """Kept by a trigger on `allocations`; nobody else writes it."""
     state: Mapped[str] = mapped_column(default="healthy")
+    gpu_class: Mapped[str] = mapped_column(default="unclassified", server_default="unclassified")
+    """`h100-80gb`: what has one cost and one price, and what a job may ask for."""
+
+
+class GpuClass(Base):
+    """What a second on such a GPU costs: in fair share, and in money."""
+
+    __tablename__ = "gpu_classes"
+    __table_args__ = (
+        CheckConstraint("cost > 0", name="cost_positive"),
+        CheckConstraint("price_per_hour >= 0", name="price_positive"),
+    )
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    cost: Mapped[float] = mapped_column(default=1.0, server_default="1")
+    price_per_hour: Mapped[Decimal | None] = mapped_column(Numeric(12, 4))
+    """None: no price list; usage is counted in GPU-hours alone."""
 
 
 class Slot(Base):
@@ -151,6 +174,7 @@ class Attempt(Base):
         Index("one_live_attempt", "job_id", unique=True, postgresql_where=text(f"state IN ({_LIVE_SQL})")),
         Index("ix_attempts_node_live", "node_id", "state", postgresql_where=text(f"state IN ({_LIVE_SQL})")),
         Index("ix_attempts_job", "job_id", "no"),
+        Index("ix_attempts_preempted", "preempted_at", postgresql_where=text("preempted_at IS NOT NULL")),
     )
 
     id: Mapped[Id]
@@ -166,6 +190,18 @@ class Attempt(Base):
     lease_expires_at: Mapped[Moment | None]
     stop_reason: Mapped[str | None]
     """Asked of the supervisor; rides on the reply to a renewal."""
+    stop_by: Mapped[Moment | None]
+    """The trainer is killed then, whatever it is doing."""
+    limit_s: Mapped[float] = mapped_column(default=1800.0, server_default="1800")
+    """It is asked to stop so long after its assignment."""
+    rate: Mapped[float] = mapped_column(default=1.0, server_default="1")
+    """Cost of a second of it, in fair share."""
+    preempted_at: Mapped[Moment | None]
+    preempted_for: Mapped[uuid.UUID | None]
+    """The job that its GPUs go to."""
+    preempted_for_project: Mapped[uuid.UUID | None]
+    fault: Mapped[str | None]
+    """Whose fault its end was, `user` or `platform`; decides what of its time is charged."""
     resume_checkpoint_id: Mapped[uuid.UUID | None]
     start_step: Mapped[int] = mapped_column(BigInteger, default=0)
     last_event_seq: Mapped[int] = mapped_column(BigInteger, default=0)
@@ -181,6 +217,8 @@ class Attempt(Base):
     assigned_at: Mapped[Created]
     claimed_at: Mapped[Moment | None]
     started_at: Mapped[Moment | None]
+    first_step_at: Mapped[Moment | None]
+    """Loading was over, training began."""
     ended_at: Mapped[Moment | None]
 
 
@@ -301,6 +339,66 @@ class Usage(Base):
     gpu_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("gpus.id"))
     gpu_class: Mapped[str]
     gpu_seconds: Mapped[float]
+    """Held in all; the four below add up to it. Older rows have zeros there."""
+    loading_s: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    productive_s: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    user_fault_s: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    platform_fault_s: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    """Lost through us, or through a pre-emption: not charged."""
+    created_at: Mapped[Created]
+
+
+class Hold(Base):
+    """GPUs kept for a waiting job, from one pass of the scheduler to the next."""
+
+    __tablename__ = "holds"
+    __table_args__ = (same_project("job_id", "jobs"), one_of("kind", ("gang", "preemption")))
+
+    job_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    project_id: Mapped[uuid.UUID]
+    kind: Mapped[str]
+    gpu_class: Mapped[str]
+    node_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("nodes.id"))
+    gpu_ids: Mapped[list[uuid.UUID]] = mapped_column(ARRAY(Uuid))
+    promised_at: Mapped[Moment]
+    created_at: Mapped[Created]
+
+
+class QueueView(Base):
+    """What one project is told of its queue: why its jobs wait, and when they will start."""
+
+    __tablename__ = "queue_views"
+
+    project_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    reasons: Mapped[dict[str, Any]] = mapped_column(JSONB, default=dict, server_default="{}")
+    reasons_at: Mapped[Moment | None]
+    forecast: Mapped[dict[str, Any]] = mapped_column(JSONB, default=dict, server_default="{}")
+    forecast_at: Mapped[Moment | None]
+
+
+class RunObservation(Base):
+    """What one attempt really took: estimates of memory and of time learn from it."""
+
+    __tablename__ = "run_observations"
+    __table_args__ = (
+        same_project("attempt_id", "attempts"),
+        Index("ix_run_observations_base", "base_model_id", "gpu_class", "created_at"),
+    )
+
+    attempt_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    project_id: Mapped[uuid.UUID]
+    job_id: Mapped[uuid.UUID]
+    base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
+    gpu_class: Mapped[str]
+    gpus: Mapped[int]
+    method: Mapped[str]
+    outcome: Mapped[str]
+    """`succeeded`, or the failure code."""
+    estimated_bytes: Mapped[int] = mapped_column(BigInteger)
+    peak_bytes: Mapped[int] = mapped_column(BigInteger)
+    tokens: Mapped[int] = mapped_column(BigInteger)
+    load_s: Mapped[float]
+    train_s: Mapped[float]
     created_at: Mapped[Created]
 
 

@@ -28,15 +28,37 @@ from tunery.states import TERMINAL, JobState
 _TERMINAL_SQL = ", ".join(f"'{state}'" for state in sorted(TERMINAL))
 
 
-class Organization(Base):
+class _Share:
+    """What an organization or a project may have of the GPUs. Rates: GPUs times their class's cost."""
+
+    weight: Mapped[float] = mapped_column(default=1.0, server_default="1")
+    """Twice the weight gets twice the share while both have work waiting."""
+    guarantee: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    """Served before anybody's share is looked at, up to this rate."""
+    cap: Mapped[float | None]
+    """Rate that is never exceeded; None is no cap."""
+    service: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    """Cost of ended attempts, less what was refunded; `release_attempt` adds to it. What runs now comes on top."""
+    active: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+    """Had something waiting or running at the scheduler's last pass."""
+
+
+_SHARE_SANE = (
+    CheckConstraint("weight > 0", name="weight_positive"),
+    CheckConstraint("guarantee >= 0 AND guarantee <= coalesce(cap, 'Infinity')", name="guarantee_below_cap"),
+)
+
+
+class Organization(_Share, Base):
     __tablename__ = "organizations"
+    __table_args__ = tuple(check.copy() for check in _SHARE_SANE)
 
     id: Mapped[Id]
     name: Mapped[str] = mapped_column(Text, unique=True)
     created_at: Mapped[Created]
 
 
-class Project(Base):
+class Project(_Share, Base):
     """The tenant: keys, files, jobs, adapters and isolation belong to it."""
 
     __tablename__ = "projects"
@@ -45,6 +67,7 @@ class Project(Base):
         UniqueConstraint("organization_id", "name"),
         one_of("status", ("active", "archived")),
         CheckConstraint("max_storage_bytes >= 0", name="storage_positive"),
+        *(check.copy() for check in _SHARE_SANE),
     )
 
     id: Mapped[Id]
@@ -55,6 +78,10 @@ class Project(Base):
     """Never shares an engine, not even within its organization."""
     max_storage_bytes: Mapped[int | None] = mapped_column(BigInteger)
     """None: the deployment's default."""
+    max_running_jobs: Mapped[int | None]
+    """Live attempts at once; None is no limit."""
+    blocked: Mapped[str | None]
+    """Why the scheduler starts none of its jobs, e.g. its budget; None while it does."""
     created_at: Mapped[Created]
 
 
@@ -155,7 +182,10 @@ class Job(Base):
         CheckConstraint(f"(state IN ({_TERMINAL_SQL})) = (finished_at IS NOT NULL)", name="finished_when_terminal"),
         CheckConstraint("(state = 'failed') = (error_code IS NOT NULL)", name="failed_says_why"),
         CheckConstraint("gpus BETWEEN 1 AND 64", name="gpus_sane"),
+        CheckConstraint("priority BETWEEN -100 AND 100", name="priority_sane"),
+        CheckConstraint("limit_s > 0 AND coalesce(time_limit_s, 1) > 0", name="limits_positive"),
         Index("ix_jobs_project", "project_id", "id"),
+        Index("ix_jobs_changed", "changed_in"),
         Index("ix_jobs_open", "state", "queued_at", postgresql_where=text(f"state NOT IN ({_TERMINAL_SQL})")),
     )
 
@@ -183,6 +213,29 @@ class Job(Base):
     gpus: Mapped[int] = mapped_column(default=1)
     required_bytes: Mapped[int | None] = mapped_column(BigInteger)
     """Estimated memory on each GPU; known once the rows are."""
+    priority: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Among its own project's jobs; higher first."""
+    urgent: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+    """Before every project's jobs: operators only."""
+    time_limit_s: Mapped[float | None]
+    """As the user asked. None: a default that doubles when it is reached."""
+    limit_s: Mapped[float] = mapped_column(default=1800.0, server_default="1800")
+    """Time that it may hold its GPUs, all attempts together, lost work not counted."""
+    used_s: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    """Of that, used by ended attempts."""
+    gpu_class: Mapped[str | None]
+    """Only on GPUs of this class; None is any."""
+    node_labels: Mapped[dict[str, str]] = mapped_column(JSONB, default=dict, server_default="{}")
+    """Only on nodes that have all of these labels."""
+    shareable: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+    """May run beside other shareable jobs of its project on one GPU."""
+    preemptible: Mapped[bool] = mapped_column(default=True, server_default=text("true"))
+    engine_key: Mapped[str | None]
+    """Jobs with equal keys may train over one resident base model."""
+    engine_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """Its own bytes there, the base not counted."""
+    changed_in: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    """Transaction that last changed what the scheduler looks at; a trigger writes it."""
 
     state: Mapped[str] = mapped_column(default=JobState.VALIDATING)
     error_code: Mapped[str | None]
