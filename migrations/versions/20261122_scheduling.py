@@ -285,12 +285,14 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON holds TO tunery_scheduler;
 GRANT SELECT, INSERT, UPDATE ON queue_views TO tunery_scheduler;
 
 CREATE POLICY tunery_api ON gpu_classes TO tunery_api USING (true) WITH CHECK (true);
+CREATE POLICY tunery_api ON holds TO tunery_api
+  USING (project_id = app_project()) WITH CHECK (project_id = app_project());
 CREATE POLICY tunery_api ON queue_views TO tunery_api
   USING (project_id = app_project()) WITH CHECK (project_id = app_project());
 CREATE POLICY tunery_api ON run_observations TO tunery_api
   USING (project_id = app_project()) WITH CHECK (project_id = app_project());
 GRANT SELECT, INSERT, UPDATE ON gpu_classes TO tunery_api;
-GRANT SELECT ON queue_views, run_observations TO tunery_api;
+GRANT SELECT ON holds, queue_views, run_observations TO tunery_api;
 GRANT UPDATE (fault, stop_by) ON attempts TO tunery_api;
 
 CREATE POLICY tunery_worker ON gpu_classes TO tunery_worker USING (true) WITH CHECK (true);
