@@ -185,8 +185,7 @@ def queued(tenant: Tenant, node: FleetNode, **request: Any) -> Work:
             size=8000,
             report=report,
         )
-        jobs.resolve(session, job, found.base, train, None)
-        job.required_bytes = GIB
+        jobs.resolve(job, found.base, train, None, lambda *_: GIB)
         leases.enqueue(session, job, [])
         tasks.finish(task)
     return work
@@ -265,7 +264,7 @@ def checkpoint(work: Work, step: int, **values: float) -> None:
         progress.store_checkpoint(session, work.attempt_id, work.fence, said, prefix, stored)
 
 
-def publish(work: Work, contents: Sequence[FileEntry] | None = None, peak_bytes: int = 0) -> Work:
+def publish(work: Work, contents: Sequence[FileEntry] | None = None) -> Work:
     """From running to `succeeded`. The objects are the test's own business."""
     weights = FileEntry(name=adapters.WEIGHTS, bytes=10, sha256=SHA)
     prefix = f"a/{work.tenant.project_id}/{work.attempt_id}/output"
@@ -274,7 +273,7 @@ def publish(work: Work, contents: Sequence[FileEntry] | None = None, peak_bytes:
     with work.node.transaction() as session:
         held = leases.hold(session, work.attempt_id, work.fence)
         adapters.publish(session, held, adapters.Published(prefix, contents or [weights], {"eval/loss": 1.1}))
-        leases.succeed(session, held, tokens=2000, peak_memory_bytes=peak_bytes)
+        leases.succeed(session, held, tokens=2000)
     return work
 
 
@@ -288,11 +287,10 @@ def failed(tenant: Tenant, node: FleetNode, **request: Any) -> Work:
     return work
 
 
-def fault(work: Work, code: FailureCode, message: str = "It broke.", peak_bytes: int = 0) -> JobState:
+def fault(work: Work, code: FailureCode, message: str = "It broke.") -> JobState:
     """The supervisor reports a failure."""
     with work.node.transaction() as session:
-        held = leases.hold(session, work.attempt_id, work.fence)
-        return leases.fail(session, held, code, message, peak_memory_bytes=peak_bytes)
+        return leases.fail(session, leases.hold(session, work.attempt_id, work.fence), code, message)
 
 
 def stop(work: Work, reason: StopReason = StopReason.CANCEL) -> None:

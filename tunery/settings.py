@@ -126,8 +126,6 @@ class ApiSettings(DatabaseSettings, RedisSettings, StorageSettings, OpsSettings)
     max_file_bytes: int = 512 * MIB
     max_live_jobs: int = 1000
     """Jobs of one project that have not ended."""
-    max_gpus_per_job: int = Field(default=1, ge=1, le=64)
-    """What one job may ask for, all on one node. One, because the trainer spans no devices yet."""
     max_project_bytes: int = 1024 * 1024 * MIB
     """Files, rows, checkpoints and adapters of one project, unless `projects.max_storage_bytes` says otherwise."""
     docs_url: str = "docs/errors.md"
@@ -158,6 +156,8 @@ class Retention(_Settings):
 
 
 class SchedulerSettings(DatabaseSettings, RedisSettings, Clocks, Retention, OpsSettings):
+    budget_s: float = 10
+    """Pause between two looks at what projects have used of their budgets: they may pass them by so much."""
     decide_s: float = 2
     """Pause between two passes of the policy, and between two looks into the outbox, when nothing wakes them sooner."""
 

@@ -12,9 +12,9 @@ from api import logs, pages
 from api.deps import JobId, Scope, SessionDep, SettingsDep, StorageDep, Tenant, TenantDep
 from api.documentation import problems
 from api.schemas.common import Deleted, Page
-from api.schemas.job_request import JobIn, PriorityIn, request_of
+from api.schemas.job_request import JobIn, request_of
 from api.schemas.jobs import CheckpointOut, EventOut, JobOut, LogOut, checkpoint_out, event_out, job_out
-from tunery import adapters, events, ids, jobs, leases, progress
+from tunery import adapters, events, ids, jobs, leases, ledger, progress
 from tunery.errors import Invalid
 from tunery.jobs import Job
 from tunery.storage import Storage
@@ -31,11 +31,7 @@ def create_job(
     request: Request, body: JobIn, tenant: TenantDep, session: SessionDep, storage: StorageDep, settings: SettingsDep
 ) -> JobOut:
     """Submit a job. Its rows are checked first; then it waits for a GPU."""
-    limits = {
-        "max_live": settings.max_live_jobs,
-        "max_bytes": settings.max_project_bytes,
-        "max_gpus": settings.max_gpus_per_job,
-    }
+    limits = {"max_live": settings.max_live_jobs, "max_bytes": settings.max_project_bytes}
     with tracing.span("tunery.job.submit") as span:
         trace = span.traceparent or request.state.traceparent
         asked = request_of(body)
@@ -74,16 +70,6 @@ def cancel_job(job_id: JobId, tenant: TenantDep, session: SessionDep, storage: S
     job = leases.cancel(session, tenant.project_id, job_id)
     session.flush()
     session.refresh(job)
-    return _shown(session, tenant, storage, [job])[0]
-
-
-@router.post("/{fine_tuning_job_id}/priority", dependencies=WRITE, responses=problems(400, 404, 409))
-def set_job_priority(
-    job_id: JobId, body: PriorityIn, tenant: TenantDep, session: SessionDep, storage: StorageDep
-) -> JobOut:
-    """Move a job before or behind this project's others that wait. Other projects' jobs are not concerned."""
-    job = jobs.set_priority(session, tenant.project_id, job_id, body.priority)
-    session.flush()
     return _shown(session, tenant, storage, [job])[0]
 
 
@@ -140,13 +126,15 @@ def read_job_log(
 
 
 def _shown(session: Session, tenant: Tenant, storage: Storage, rows: Sequence[Job]) -> list[JobOut]:
-    """Three queries for a whole page, not three for each of its jobs."""
+    """Four queries for a whole page, not four for each of its jobs."""
     wanted: list[uuid.UUID] = [row.id for row in rows]
     attempts = jobs.attempts_of(session, tenant.project_id, wanted)
     positions = jobs.queue_positions(session, tenant.project_id)
     published = adapters.of_jobs(session, tenant.project_id, wanted)
+    used = ledger.of_jobs(session, tenant.project_id, wanted)
     return [
-        job_out(row, attempts.get(row.id, []), positions.get(row.id), published.get(row.id), storage) for row in rows
+        job_out(row, attempts.get(row.id, []), positions.get(row.id), published.get(row.id), storage, used.get(row.id))
+        for row in rows
     ]
 
 

@@ -6,10 +6,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from api.schemas.common import Out, unix, unix_or_none
+from api.schemas.usage import CostOut, cost_out
 from tunery import ids
 from tunery.adapters import AdapterVersion
 from tunery.events import Event
 from tunery.jobs import AttemptView, Job
+from tunery.ledger import Used
 from tunery.progress import OPENAI_NAMES, Checkpoint
 from tunery.states import OPENAI_STATUS, TERMINAL, JobState
 from tunery.storage import Storage
@@ -72,26 +74,6 @@ class JobAdapterOut(Out):
     uri: str
 
 
-class ResourcesOut(Out):
-    """Where it may run. `gpu_bytes`: memory kept for it on each GPU, null until its rows are checked."""
-
-    gpus: int
-    gpu_class: str | None
-    node_labels: dict[str, str]
-    shareable: bool
-    gpu_bytes: int | None
-
-
-class SchedulingOut(Out):
-    """When it runs. `limit_s`: how long it may hold its GPUs, as asked for or by default."""
-
-    priority: int
-    time_limit: float | None
-    preemptible: bool
-    urgent: bool
-    limit_s: float
-
-
 class JobExtra(Out):
     """What a job says beyond OpenAI's fields."""
 
@@ -101,10 +83,9 @@ class JobExtra(Out):
     attempts: list[AttemptOut]
     recipe: dict[str, Any] | None
     """What runs, with every `auto` resolved; null until the rows are checked."""
-    resources: ResourcesOut
-    scheduling: SchedulingOut
     platform: dict[str, Any]
     adapter: JobAdapterOut | None
+    cost: CostOut
 
 
 class JobOut(Out):
@@ -168,6 +149,7 @@ def job_out(
     position: int | None,
     published: tuple[AdapterVersion, str] | None,
     storage: Storage,
+    used: Used | None = None,
 ) -> JobOut:
     progress = _progress(job)
     eta = progress.eta_seconds if progress else None
@@ -197,10 +179,9 @@ def job_out(
             progress=progress,
             attempts=[_attempt(view) for view in attempts],
             recipe=job.recipe,
-            resources=_resources(job),
-            scheduling=_scheduling(job),
             platform=job.platform,
             adapter=_adapter(published, storage) if published else None,
+            cost=cost_out(used),
         ),
     )
 
@@ -282,26 +263,6 @@ def _eta_s(job: Job, step: int, total: int | None, seconds_per_step: float | Non
     if job.state != JobState.RUNNING or not total or seconds_per_step is None:
         return None
     return round(max(0, total - step) * seconds_per_step)
-
-
-def _resources(job: Job) -> ResourcesOut:
-    return ResourcesOut(
-        gpus=job.gpus,
-        gpu_class=job.gpu_class,
-        node_labels=job.node_labels,
-        shareable=job.shareable,
-        gpu_bytes=job.required_bytes,
-    )
-
-
-def _scheduling(job: Job) -> SchedulingOut:
-    return SchedulingOut(
-        priority=job.priority,
-        time_limit=job.time_limit_s,
-        preemptible=job.preemptible,
-        urgent=job.urgent,
-        limit_s=job.limit_s,
-    )
 
 
 def _attempt(view: AttemptView) -> AttemptOut:
