@@ -21,6 +21,7 @@ from tunery.models.fleet import (
     Task,
     Usage,
 )
+from tunery.models.money import Budget, BudgetAlert, UsageHold
 from tunery.models.registry import (
     RESUMABLE,
     Adapter,
@@ -42,6 +43,8 @@ __all__ = [
     "Attempt",
     "AttemptNode",
     "BaseModel",
+    "Budget",
+    "BudgetAlert",
     "Checkpoint",
     "Dataset",
     "DeletionHold",
@@ -68,4 +71,5 @@ __all__ = [
     "Slot",
     "Task",
     "Usage",
+    "UsageHold",
 ]

@@ -329,6 +329,8 @@ class Usage(Base):
         same_project("attempt_id", "attempts"),
         same_project("job_id", "jobs"),
         ForeignKeyConstraint(["organization_id", "project_id"], ["projects.organization_id", "projects.id"]),
+        Index("ix_usage_project_created", "project_id", "created_at"),
+        Index("ix_usage_job", "job_id"),
     )
 
     id: Mapped[Id]
@@ -338,6 +340,10 @@ class Usage(Base):
     attempt_id: Mapped[uuid.UUID]
     gpu_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("gpus.id"))
     gpu_class: Mapped[str]
+    share: Mapped[float] = mapped_column(default=1.0, server_default="1")
+    """Of the device's memory: 1 unless the attempt shared it. Every second here counts so much."""
+    price_per_hour: Mapped[Decimal | None] = mapped_column(Numeric(12, 4))
+    """Its class's price when it ended; later price lists change nothing."""
     gpu_seconds: Mapped[float]
     """Held in all; the four below add up to it. Older rows have zeros there."""
     loading_s: Mapped[float] = mapped_column(default=0.0, server_default="0")
