@@ -35,6 +35,7 @@ STATUS = {
     "file_too_large": 413,
     "insufficient_quota": 429,
     "storage_quota_exceeded": 429,
+    "budget_exceeded": 429,
     "internal_error": 500,
     "service_unavailable": 503,
 }

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from scheduler import metrics
+from scheduler.budgets import Budgets
 from scheduler.policy import schedule
 from scheduler.tidy import Tidy
 from tunery import catalogue, census, events, failpoints, ids, jobs, leases, membership, outbox, queue, tasks, wake
@@ -57,6 +58,7 @@ class Scheduler:
         self._doorbell = doorbell
         self._settings = settings
         self._holder = holder
+        self._budgets = Budgets(sessions, settings.stop_grace_s)
         self._tidy = Tidy(sessions, storage, settings) if storage else None
         self._epoch: int | None = None
         self._stop = threading.Event()
@@ -94,6 +96,7 @@ class Scheduler:
             ("relay", self.relay, self._settings.decide_s),
             ("sweep", self.sweep, self._settings.sweep_s),
             ("doors", self.keep_doors, self._settings.sweep_s),
+            ("budgets", self.keep_budgets, self._settings.budget_s),
         ]
         if self._tidy is not None:
             loops.append(("tidy", self.tidy, self._settings.tidy_s))
@@ -189,6 +192,8 @@ class Scheduler:
         for message in messages:
             if message.topic == outbox.JOB_ENDED:
                 self._doorbell.announce(message.payload["job_id"], message.payload["state"])
+            elif message.topic == outbox.BUDGET_ALERT:
+                self._doorbell.warn(message.payload)
             else:
                 self._ring(message, everyone)
             failpoints.reach("relay.rung")
@@ -267,6 +272,11 @@ class Scheduler:
         """Delete what may go."""
         if self._tidy is not None and (epoch := self._epoch) is not None:
             self._tidy.run(epoch)
+
+    def keep_budgets(self) -> None:
+        """Tell, block and stop whoever has used a budget up."""
+        if (epoch := self._epoch) is not None:
+            self._budgets.run(epoch)
 
     def _end_archived(self, session: Session, project_id: uuid.UUID, job_id: uuid.UUID) -> None:
         """Nobody has a key to a project that was archived: what goes on in it is cancelled."""

@@ -50,3 +50,7 @@ class Doorbell:
     def announce(self, job_id: str, state: str) -> None:
         """Tell whoever listens right now that a job has ended. Nothing waits for a listener."""
         self._redis.publish(f"training:done:{job_id}", json.dumps({"job_id": job_id, "status": state}))
+
+    def warn(self, alert: Mapping[str, object]) -> None:
+        """Tell whoever listens right now that a budget is nearly, or wholly, used up."""
+        self._redis.publish(f"budget:alert:{alert['project_id']}", json.dumps(dict(alert)))

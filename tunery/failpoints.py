@@ -26,6 +26,7 @@ POINTS = frozenset(
         "upload.stored",  # api: the file is in the object store, and not in the database
         "request.committed",  # api: what a request wrote is durable, and its caller does not know
         "assign.made",  # scheduler: inside the transaction that assigns
+        "budget.settled",  # scheduler: inside the transaction that alerts and blocks
         "relay.rung",  # scheduler: a message is out, and not marked as sent
         "attempt.claimed",  # supervisor: behind the claim
         "events.written",  # supervisor: inside the transaction that stores a batch of events

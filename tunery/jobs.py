@@ -11,7 +11,7 @@ from pathlib import Path
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from tunery import __version__, adapters, catalogue, events, files, ids, needs, recipes, tasks, usage, wake
+from tunery import __version__, adapters, budgets, catalogue, events, files, ids, needs, recipes, tasks, usage, wake
 from tunery.errors import Conflict, Invalid, NotFound, QuotaExceeded
 from tunery.estimate.places import Ask
 from tunery.events import Entry
@@ -54,7 +54,8 @@ def submit(
         Invalid: the model is not ready, a file's purpose is not `fine-tune`, a name is unusable, or no node could
             ever give what it asks for.
         Forbidden: it is `urgent`, and the key is not an operator's.
-        QuotaExceeded: the project has `max_live` unfinished jobs, or no room for what the job would store.
+        QuotaExceeded: the project has `max_live` unfinished jobs, or no room for what the job would store, or too
+            little left of its month's budget.
     """
     model = _usable_model(session, who, request.model)
     place, timing = request.extension.resources, request.extension.scheduling
@@ -97,6 +98,7 @@ def submit(
     session.add(job)
     session.flush()
     session.refresh(job)
+    budgets.hold(session, job)
     events.append(
         session, job, [Entry(f"Created fine-tuning job: {ids.encode(ids.JOB, job.id)}"), Entry("Validating files")]
     )

@@ -200,6 +200,24 @@ def unassign(session: Session, attempt_id: uuid.UUID, why: str = "The assigned n
     return True
 
 
+def evict(session: Session, attempt_id: uuid.UUID, grace_s: float, why: str) -> bool:
+    """Have an attempt checkpoint and be gone in `grace_s`, its job back at its place in the queue. It uses up none of
+    the job's pre-emptions. False if it is ending anyway.
+    """
+    held = _lock(session, attempt_id)
+    if held is None or held.attempt.stop_reason is not None:
+        return False
+    if held.attempt.state == AttemptState.ASSIGNED:
+        return unassign(session, attempt_id, why)
+    if held.attempt.state not in (AttemptState.CLAIMED, AttemptState.RUNNING):
+        return False
+    held.attempt.stop_reason = StopReason.PREEMPT
+    held.attempt.stop_by = func.now() + timedelta(seconds=grace_s)
+    outbox.send(session, outbox.RING_NODE, held.job.project_id, _ring(held.attempt))
+    events.append(session, held.job, [Entry(f"{why}; the job saves a checkpoint and goes on later", "warn")])
+    return True
+
+
 def abandon(session: Session, attempt_id: uuid.UUID, code: FailureCode, message: str) -> bool:
     """The node has found an attempt's supervisor dead and ended whatever was left of it."""
     held = _lock(session, attempt_id)

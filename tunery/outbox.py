@@ -17,6 +17,10 @@ RING_TASK = "ring_task"
 JOB_ENDED = "job_ended"
 """{"job_id", "state"}: told once on the Redis channel `training:done:<job id>`, and to webhooks."""
 
+BUDGET_ALERT = "budget_alert"
+"""{"project_id", "month", "threshold", "kind", "used", "budget"}: a project has used so many per cent of its budget.
+Told once on the Redis channel `budget:alert:<project id>`, and to webhooks."""
+
 
 def send(session: Session, topic: str, project_id: uuid.UUID, payload: dict[str, Any]) -> None:
     """Add a message to this transaction."""

@@ -158,6 +158,8 @@ class Retention(_Settings):
 
 
 class SchedulerSettings(DatabaseSettings, RedisSettings, Clocks, Retention, OpsSettings):
+    budget_s: float = 10
+    """Pause between two looks at what projects have used of their budgets: they may pass them by so much."""
     decide_s: float = 2
     """Pause between two passes of the policy, and between two looks into the outbox, when nothing wakes them sooner."""
 

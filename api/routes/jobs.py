@@ -14,7 +14,7 @@ from api.documentation import problems
 from api.schemas.common import Deleted, Page
 from api.schemas.job_request import JobIn, PriorityIn, request_of
 from api.schemas.jobs import CheckpointOut, EventOut, JobOut, LogOut, checkpoint_out, event_out, job_out
-from tunery import adapters, events, ids, jobs, leases, progress
+from tunery import adapters, events, ids, jobs, leases, ledger, progress
 from tunery.errors import Invalid
 from tunery.jobs import Job
 from tunery.storage import Storage
@@ -140,13 +140,15 @@ def read_job_log(
 
 
 def _shown(session: Session, tenant: Tenant, storage: Storage, rows: Sequence[Job]) -> list[JobOut]:
-    """Three queries for a whole page, not three for each of its jobs."""
+    """Four queries for a whole page, not four for each of its jobs."""
     wanted: list[uuid.UUID] = [row.id for row in rows]
     attempts = jobs.attempts_of(session, tenant.project_id, wanted)
     positions = jobs.queue_positions(session, tenant.project_id)
     published = adapters.of_jobs(session, tenant.project_id, wanted)
+    used = ledger.of_jobs(session, tenant.project_id, wanted)
     return [
-        job_out(row, attempts.get(row.id, []), positions.get(row.id), published.get(row.id), storage) for row in rows
+        job_out(row, attempts.get(row.id, []), positions.get(row.id), published.get(row.id), storage, used.get(row.id))
+        for row in rows
     ]
 
 

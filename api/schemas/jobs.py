@@ -6,10 +6,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from api.schemas.common import Out, unix, unix_or_none
+from api.schemas.usage import CostOut, cost_out
 from tunery import ids
 from tunery.adapters import AdapterVersion
 from tunery.events import Event
 from tunery.jobs import AttemptView, Job
+from tunery.ledger import Used
 from tunery.progress import OPENAI_NAMES, Checkpoint
 from tunery.states import OPENAI_STATUS, TERMINAL, JobState
 from tunery.storage import Storage
@@ -105,6 +107,7 @@ class JobExtra(Out):
     scheduling: SchedulingOut
     platform: dict[str, Any]
     adapter: JobAdapterOut | None
+    cost: CostOut
 
 
 class JobOut(Out):
@@ -168,6 +171,7 @@ def job_out(
     position: int | None,
     published: tuple[AdapterVersion, str] | None,
     storage: Storage,
+    used: Used | None = None,
 ) -> JobOut:
     progress = _progress(job)
     eta = progress.eta_seconds if progress else None
@@ -201,6 +205,7 @@ def job_out(
             scheduling=_scheduling(job),
             platform=job.platform,
             adapter=_adapter(published, storage) if published else None,
+            cost=cost_out(used),
         ),
     )
 
