@@ -185,7 +185,8 @@ def queued(tenant: Tenant, node: FleetNode, **request: Any) -> Work:
             size=8000,
             report=report,
         )
-        jobs.resolve(job, found.base, train, None, lambda *_: GIB)
+        jobs.resolve(session, job, found.base, train, None)
+        job.required_bytes = GIB
         leases.enqueue(session, job, [])
         tasks.finish(task)
     return work
@@ -264,7 +265,7 @@ def checkpoint(work: Work, step: int, **values: float) -> None:
         progress.store_checkpoint(session, work.attempt_id, work.fence, said, prefix, stored)
 
 
-def publish(work: Work, contents: Sequence[FileEntry] | None = None) -> Work:
+def publish(work: Work, contents: Sequence[FileEntry] | None = None, peak_bytes: int = 0) -> Work:
     """From running to `succeeded`. The objects are the test's own business."""
     weights = FileEntry(name=adapters.WEIGHTS, bytes=10, sha256=SHA)
     prefix = f"a/{work.tenant.project_id}/{work.attempt_id}/output"
@@ -273,7 +274,7 @@ def publish(work: Work, contents: Sequence[FileEntry] | None = None) -> Work:
     with work.node.transaction() as session:
         held = leases.hold(session, work.attempt_id, work.fence)
         adapters.publish(session, held, adapters.Published(prefix, contents or [weights], {"eval/loss": 1.1}))
-        leases.succeed(session, held, tokens=2000)
+        leases.succeed(session, held, tokens=2000, peak_memory_bytes=peak_bytes)
     return work
 
 
@@ -287,10 +288,11 @@ def failed(tenant: Tenant, node: FleetNode, **request: Any) -> Work:
     return work
 
 
-def fault(work: Work, code: FailureCode, message: str = "It broke.") -> JobState:
+def fault(work: Work, code: FailureCode, message: str = "It broke.", peak_bytes: int = 0) -> JobState:
     """The supervisor reports a failure."""
     with work.node.transaction() as session:
-        return leases.fail(session, leases.hold(session, work.attempt_id, work.fence), code, message)
+        held = leases.hold(session, work.attempt_id, work.fence)
+        return leases.fail(session, held, code, message, peak_memory_bytes=peak_bytes)
 
 
 def stop(work: Work, reason: StopReason = StopReason.CANCEL) -> None:

@@ -280,3 +280,14 @@ def _node_environment(running: Fleet) -> dict[str, str]:
         "TUNERY_TRAINER_MODULE": "tests.fake_trainer",
         "TUNERY_MODEL_STORE": str(running.home / "models"),
     } | servers().s3_node.environment()
+
+
+def test_a_job_out_of_memory_gets_one_more_try_with_more(running):
+    """F20."""
+    running.node()
+    job = running.submit("out-of-memory", steps=5)
+    assert running.ends(job) == "failed"
+    first, second = running.attempts(job)
+    assert first.failure_code == second.failure_code == "out_of_memory"
+    assert any("ran out of memory" in told and "are reserved" in told for told in running.messages(job))
+    assert running.until(running.nothing_held)

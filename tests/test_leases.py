@@ -268,7 +268,7 @@ def test_a_newer_checkpoint_resets_the_count(project: Tenant, node: FleetNode) -
 
 def test_a_users_fault_is_not_tried_again(project: Tenant, node: FleetNode) -> None:
     work = factories.running(project, node)
-    assert factories.fault(work, FailureCode.OUT_OF_MEMORY) == JobState.FAILED
+    assert factories.fault(work, FailureCode.NON_FINITE_LOSS) == JobState.FAILED
     assert factories.look(work).faults_without_progress == 0
 
 

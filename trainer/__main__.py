@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from pydantic import ValidationError
 
-from trainer.failures import classify, exit_code
+from trainer.failures import classify, exit_code, peak_memory_bytes
 from trainer.parent import die_with
 from trainer.session import Session
 from tunery.contracts.events import (
@@ -75,7 +75,7 @@ def _attempt(spec: TrainingSpec, session: Session) -> Finished | Stopped | Faile
     except Exception as error:  # noqa: BLE001 - the process edge: every failure becomes the outcome event
         traceback.print_exc()
         code, message = classify(error)
-        return Failed(code=code, message=message)
+        return Failed(code=code, message=message, peak_memory_bytes=peak_memory_bytes())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """From any exception to the failure code that decides what happens next."""
 
 import errno
+import resource
+import sys
 import traceback
 
 from tunery.contracts.events import EXIT_MEMORY, EXIT_OURS, EXIT_USER
@@ -34,6 +36,14 @@ def exit_code(code: FailureCode) -> int:
     if code is FailureCode.OUT_OF_MEMORY:
         return EXIT_MEMORY
     return EXIT_USER if POLICY[code].fault is Fault.USER else EXIT_OURS
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process held at once: on its GPU, or without one its resident memory."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_reserved())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _out_of_memory(error: BaseException) -> bool:

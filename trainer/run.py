@@ -1,6 +1,5 @@
 """One attempt from its spec to its outcome, in the order of the phases that it announces."""
 
-import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from trainer.callbacks import Loop
 from trainer.checkpoints import Progress
 from trainer.data import Prepared, prepare, question, read_rows
 from trainer.evaluate import HeldOut, Judge, exact_match
+from trainer.failures import peak_memory_bytes
 from trainer.session import Session, Stopping
 from tunery.contracts.events import Eval, Finished, Sample, Started, Stopped
 from tunery.contracts.spec import TrainingSpec
@@ -235,12 +235,5 @@ def _finish(attempt: Attempt, loop: Loop) -> Finished:
     if loop.last_loss is not None:
         metrics["train/loss"] = loop.last_loss
     return Finished(
-        path=spec.output, files=files, tokens=loop.tokens, metrics=metrics, peak_memory_bytes=_peak(attempt.device)
+        path=spec.output, files=files, tokens=loop.tokens, metrics=metrics, peak_memory_bytes=peak_memory_bytes()
     )
-
-
-def _peak(device: torch.device) -> int:
-    """The most memory held at once, in bytes: the GPU's reserved, or this process's resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -7,13 +7,13 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from tunery import __version__, adapters, budgets, catalogue, events, files, ids, recipes, tasks, usage
+from tunery import __version__, adapters, budgets, catalogue, events, files, ids, needs, recipes, tasks, usage, wake
 from tunery.errors import Conflict, Invalid, NotFound, QuotaExceeded
+from tunery.estimate.places import Ask
 from tunery.events import Entry
 from tunery.models import Attempt, BaseModel, Dataset, File, Job, Node
 from tunery.recipes import Extension, Hyperparameters
@@ -42,19 +42,24 @@ def submit(
     *,
     max_live: int,
     max_bytes: int = 1 << 50,
+    max_gpus: int = 64,
     traceparent: str | None = None,
 ) -> Job:
     """Accept a job: its row, its first event and the task that checks its rows, in one transaction.
 
-    `traceparent`: the trace that everything done for this job belongs to.
+    `max_gpus`: what one job may ask for. `traceparent`: the trace that everything done for this job belongs to.
 
     Raises:
         NotFound: the model or a file does not exist in this project.
-        Invalid: the model is not ready, a file's purpose is not `fine-tune`, or a name is unusable.
+        Invalid: the model is not ready, a file's purpose is not `fine-tune`, a name is unusable, or no node could
+            ever give what it asks for.
+        Forbidden: it is `urgent`, and the key is not an operator's.
         QuotaExceeded: the project has `max_live` unfinished jobs, or no room for what the job would store, or too
             little left of its month's budget.
     """
     model = _usable_model(session, who, request.model)
+    place, timing = request.extension.resources, request.extension.scheduling
+    _allowed(session, who, request.extension, model, max_gpus)
     training = _usable_file(session, who, request.training_file, "training_file")
     validation = None
     if request.validation_file is not None:
@@ -79,7 +84,14 @@ def submit(
         },
         hyperparameters=request.hyperparameters.model_dump(),
         model_name=f"ft:{model.name}:{_slug(who.organization)}:{request.suffix or ''}:{ids.short(job_id)}",
-        gpus=request.extension.resources.gpus,
+        gpus=place.gpus,
+        gpu_class=place.gpu_class,
+        node_labels=dict(place.node_labels),
+        shareable=place.shareable,
+        priority=timing.priority,
+        urgent=timing.urgent,
+        preemptible=timing.preemptible,
+        time_limit_s=timing.time_limit,
         platform=platform_identity(),
         traceparent=traceparent,
     )
@@ -122,6 +134,25 @@ def page(
         query = query.where(Job.user_metadata.contains(metadata))
     rows = list(session.scalars(query))
     return rows[:limit], len(rows) > limit
+
+
+def set_priority(session: Session, project_id: uuid.UUID, job_id: uuid.UUID, priority: int) -> Job:
+    """Move a job before or behind its project's others. It counts whenever the job waits, now or later.
+
+    Raises:
+        NotFound: no such job in this project.
+        Conflict: it has ended.
+    """
+    get(session, project_id, job_id)
+    job = lock(session, job_id)
+    if JobState(job.state) in TERMINAL:
+        raise Conflict(f"The job has already {job.state}; its priority means nothing any more.")
+    if job.priority != priority:
+        told = f"Priority changed from {job.priority} to {priority}"
+        events.append(session, job, [Entry(told, data={"kind": "priority", "priority": priority})])
+        job.priority = priority
+        wake.scheduler(session)
+    return job
 
 
 def delete(session: Session, project_id: uuid.UUID, job_id: uuid.UUID) -> None:
@@ -191,10 +222,8 @@ def lock(session: Session, job_id: uuid.UUID) -> Job:
     return session.get_one(Job, job_id, with_for_update=True, populate_existing=True)
 
 
-def resolve(
-    job: Job, base: BaseModel, train: Dataset, validation: Dataset | None, required_bytes: Any
-) -> recipes.Recipe:
-    """Turn every `auto` into a number, now that the rows are known, and write the result on the job."""
+def resolve(session: Session, job: Job, base: BaseModel, train: Dataset, validation: Dataset | None) -> recipes.Recipe:
+    """Turn every `auto` into a number, now that the rows are known, and write on the job what it needs."""
     asked = Hyperparameters.model_validate(job.request["hyperparameters"])
     extension = Extension.model_validate(job.request["tunery"])
     recipe = recipes.resolve(asked, extension, train.rows, job.seed)
@@ -202,8 +231,7 @@ def resolve(
     job.hyperparameters = recipes.openai_view(recipe)
     job.train_dataset_id = train.id
     job.validation_dataset_id = validation.id if validation else None
-    longest = max(train.max_row_bytes, validation.max_row_bytes if validation else 0)
-    job.required_bytes = required_bytes(base.card or {}, recipe, longest)
+    needs.settle(session, job, base, train, validation)
     return recipe
 
 
@@ -240,6 +268,17 @@ def _usable_file(session: Session, who: Identity, file_id: str, param: str) -> F
         fix = "Upload it again with purpose='fine-tune'."
         raise Invalid(f"File '{file_id}' has purpose '{file.purpose}'.", param=param, fix=fix)
     return file
+
+
+def _allowed(session: Session, who: Identity, asked: Extension, model: BaseModel, max_gpus: int) -> None:
+    """What the deployment grants to nobody, to operators only, or cannot have."""
+    place = asked.resources
+    if asked.scheduling.urgent:
+        who.require("admin")
+    if place.gpus > max_gpus:
+        message = f"{place.gpus} GPUs were asked for; a job may have {max_gpus} here."
+        raise Invalid(message, param="tunery.resources.gpus", fix="Ask for fewer, or ask your operator for more.")
+    needs.refuse_impossible(session, Ask(place.gpus, place.gpu_class, place.node_labels), model)
 
 
 def _within_quota(session: Session, who: Identity, max_live: int) -> None:

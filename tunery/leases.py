@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from tunery import events, ids, outbox, wake
+from tunery import events, ids, needs, observations, outbox, wake
 from tunery.errors import Conflict, NotFound
 from tunery.events import Entry
 from tunery.models import RESUMABLE, Attempt, Checkpoint, Job
@@ -123,6 +123,7 @@ def succeed(
     _end_attempt(session, held.attempt, AttemptState.SUCCEEDED, keep_gpus=still_holds_gpu)
     _move_job(session, held.job, JobState.SUCCEEDED)
     held.job.trained_tokens = tokens
+    observations.note(session, held.job, held.attempt, observations.SUCCEEDED, peak_memory_bytes, tokens)
     told = [
         Entry(f"New fine-tuned model created: {held.job.model_name}"),
         Entry("The job has successfully completed", data={"kind": "state", "state": JobState.SUCCEEDED}),
@@ -153,6 +154,7 @@ def fail(
     *,
     state: AttemptState = AttemptState.FAILED,
     still_holds_gpu: bool = False,
+    peak_memory_bytes: int = 0,
 ) -> JobState:
     """End an attempt that failed; its code decides whether the job is tried again.
 
@@ -160,6 +162,8 @@ def fail(
     """
     _end_attempt(session, held.attempt, state, keep_gpus=still_holds_gpu)
     held.attempt.failure_code, held.attempt.failure_message = code, message
+    if code is FailureCode.OUT_OF_MEMORY:
+        return _after_out_of_memory(session, held, message, peak_memory_bytes)
     return _after_fault(session, held.job, held.attempt.no, code, message)
 
 
@@ -360,16 +364,36 @@ def _after_fault(session: Session, job: Job, attempt_no: int, code: FailureCode,
         job.fault_step = newest
     if after_failure(code, job.faults_without_progress) is JobState.QUEUED:
         _move_job(session, job, JobState.QUEUED)
-        start = f"from its checkpoint at step {newest}" if newest else "from the beginning"
         data = {"kind": "retry", "code": code, "attempt": attempt_no, "from_step": newest}
         events.append(
             session,
             job,
-            [Entry(f"Attempt {attempt_no} ended: {message} The job is tried again {start}", "warn", data=data)],
+            [Entry(f"Attempt {attempt_no} ended: {message} The job is tried again {_from(newest)}", "warn", data=data)],
         )
     else:
         _fail_job(session, job, code, message, None)
     return JobState(job.state)
+
+
+def _after_out_of_memory(session: Session, held: Held, message: str, peak_bytes: int) -> JobState:
+    """The estimate was too low: once, the job is tried again with more memory. That is its only retry of this kind."""
+    job, code = held.job, FailureCode.OUT_OF_MEMORY
+    observations.note(session, job, held.attempt, code, peak_bytes)
+    if job.state not in (JobState.STARTING, JobState.RUNNING):  # somebody has asked it to stop
+        return _after_fault(session, job, held.attempt.no, code, message)
+    again, numbers = needs.after_out_of_memory(session, job, peak_bytes)
+    if not again:
+        return _after_fault(session, job, held.attempt.no, code, f"{message} {numbers}")
+    _move_job(session, job, JobState.QUEUED)
+    newest = _newest_step(session, job.id)
+    data = {"kind": "retry", "code": code, "attempt": held.attempt.no, "from_step": newest}
+    told = f"Attempt {held.attempt.no} ran out of memory. {numbers} The job is tried again {_from(newest)}"
+    events.append(session, job, [Entry(told, "warn", data=data | {"gpu_bytes": job.required_bytes})])
+    return JobState.QUEUED
+
+
+def _from(step: int) -> str:
+    return f"from its checkpoint at step {step}" if step else "from the beginning"
 
 
 def _newest_step(session: Session, job_id: uuid.UUID) -> int:

@@ -1,8 +1,9 @@
 """From what a user asked to a complete recipe: every `auto` becomes a number, once the rows are known."""
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from tunery.contracts.spec import EvaluationArgs, LoraSpec, Recipe, TrainingArgs
 
@@ -13,10 +14,64 @@ MAX_MICRO_BATCH = 4
 Auto = Literal["auto"]
 
 
+_PERIOD = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+_UNITS_S = (86_400, 3600, 60, 1)
+LEAST_LIMIT_S, MOST_LIMIT_S = 60, 90 * 86_400
+
+
+def seconds_of(given: Any) -> Any:
+    """`2h30m`, `90m`, `1d` or `3600s` in seconds; anything else is left for the validation that follows."""
+    if not isinstance(given, str):
+        return given
+    found = _PERIOD.fullmatch(given.strip())
+    if found is None or not any(found.groups()):
+        raise ValueError("expected seconds, or a period such as '90m' or '2h30m'")
+    return float(sum(int(count or 0) * unit for count, unit in zip(found.groups(), _UNITS_S, strict=True)))
+
+
+Period = Annotated[
+    float,
+    Field(ge=LEAST_LIMIT_S, le=MOST_LIMIT_S),
+    BeforeValidator(seconds_of),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": LEAST_LIMIT_S, "maximum": MOST_LIMIT_S},
+                {"type": "string", "pattern": r"^(\d+d)?(\d+h)?(\d+m)?(\d+s)?$", "examples": ["2h30m"]},
+            ]
+        }
+    ),
+]
+Word = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
+"""Of a label or the name of a class."""
+
+
 class Resources(BaseModel):
+    """Where a job may run."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
-    gpus: Literal[1] = 1
-    """One for now: the trainer that spans devices is not built yet."""
+    gpus: Annotated[int, Field(ge=1, le=64)] = 1
+    """All on one node; at most what the deployment allows."""
+    gpu_class: Word | None = None
+    """Only on GPUs of this class, such as `h100-80gb`; `null` is any."""
+    node_labels: Annotated[dict[Word, Word], Field(max_length=16)] = {}
+    """Only on nodes that have all of these labels."""
+    shareable: bool = False
+    """May run beside other shareable jobs of its own project on one GPU."""
+
+
+class Scheduling(BaseModel):
+    """When a job runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    """Among the project's own jobs; higher first."""
+    time_limit: Period | None = None
+    """Time that it may hold its GPUs, in seconds or as `2h30m`; `null` is a default that is never a reason to fail."""
+    preemptible: bool = True
+    """May be stopped at a checkpoint for a job of a project that has had less than its share, and go on later."""
+    urgent: bool = False
+    """Before every project's jobs; needs a key with the scope `admin`."""
 
 
 class Extension(BaseModel):
@@ -27,6 +82,7 @@ class Extension(BaseModel):
     training: TrainingArgs | None = None
     evaluation: EvaluationArgs | None = None
     resources: Resources = Resources()
+    scheduling: Scheduling = Scheduling()
 
 
 class Hyperparameters(BaseModel):

@@ -126,6 +126,8 @@ class ApiSettings(DatabaseSettings, RedisSettings, StorageSettings, OpsSettings)
     max_file_bytes: int = 512 * MIB
     max_live_jobs: int = 1000
     """Jobs of one project that have not ended."""
+    max_gpus_per_job: int = Field(default=1, ge=1, le=64)
+    """What one job may ask for, all on one node. One, because the trainer spans no devices yet."""
     max_project_bytes: int = 1024 * 1024 * MIB
     """Files, rows, checkpoints and adapters of one project, unless `projects.max_storage_bytes` says otherwise."""
     docs_url: str = "docs/errors.md"

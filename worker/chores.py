@@ -18,7 +18,7 @@ import structlog
 from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import Session
 
-from tunery import budgets, catalogue, datasets, estimate, failpoints, ids, jobs, leases, tasks
+from tunery import budgets, catalogue, datasets, failpoints, ids, jobs, leases, tasks
 from tunery.datasets import Dataset, Report
 from tunery.db import Sessions, transaction
 from tunery.errors import Unavailable
@@ -129,9 +129,7 @@ class Chores:
             job = jobs.lock(session, lease.job_id)
             task = tasks.hold(session, lease)
             known = [self._record(session, lease, one) for one in checked]
-            recipe = jobs.resolve(
-                job, inputs.base, known[0], known[1] if len(known) > 1 else None, estimate.required_bytes
-            )
+            recipe = jobs.resolve(session, job, inputs.base, known[0], known[1] if len(known) > 1 else None)
             budgets.refine(session, job)
             said = [Entry(_describe(name, one, rows)) for name, one, rows in zip(_NAMES, checked, known, strict=False)]
             data = {"kind": "recipe", "recipe": recipe.model_dump(mode="json")}

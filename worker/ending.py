@@ -55,7 +55,8 @@ class Ending:
             case Finished():
                 self._publish(outcome, trainer_gone)
             case Failed():
-                self.fail(outcome.code, outcome.message, trainer_gone=trainer_gone)
+                peak = outcome.peak_memory_bytes
+                self.fail(outcome.code, outcome.message, trainer_gone=trainer_gone, peak_memory_bytes=peak)
             case Stopped():
                 self._stopped(stop or outcome.reason, trainer_gone)
             case NoOutcome() if stop is not None or outcome.exit_code == EXIT_STOPPED:
@@ -66,7 +67,7 @@ class Ending:
             case _:
                 raise AssertionError(f"{outcome.type} is no outcome")
 
-    def fail(self, code: FailureCode, message: str, *, trainer_gone: bool = True) -> None:
+    def fail(self, code: FailureCode, message: str, *, trainer_gone: bool = True, peak_memory_bytes: int = 0) -> None:
         told = message[:4000].replace("\0", "\ufffd")  # Postgres stores no NUL, and a log may be full of them
 
         def write() -> None:
@@ -74,7 +75,14 @@ class Ending:
                 held = leases.hold(session, self._work.attempt_id, self._work.fence)
                 if code is FailureCode.CORRUPT_CHECKPOINT:
                     progress.discard_checkpoint(session, held)
-                leases.fail(session, held, code, told, still_holds_gpu=not trainer_gone)
+                leases.fail(
+                    session,
+                    held,
+                    code,
+                    told,
+                    still_holds_gpu=not trainer_gone,
+                    peak_memory_bytes=peak_memory_bytes,
+                )
 
         log.warning("attempt failed", code=code, reason=message[:300])
         persist("ending the attempt", write, self._settings.outage_grace_s)

@@ -12,7 +12,7 @@ from api import logs, pages
 from api.deps import JobId, Scope, SessionDep, SettingsDep, StorageDep, Tenant, TenantDep
 from api.documentation import problems
 from api.schemas.common import Deleted, Page
-from api.schemas.job_request import JobIn, request_of
+from api.schemas.job_request import JobIn, PriorityIn, request_of
 from api.schemas.jobs import CheckpointOut, EventOut, JobOut, LogOut, checkpoint_out, event_out, job_out
 from tunery import adapters, events, ids, jobs, leases, ledger, progress
 from tunery.errors import Invalid
@@ -31,7 +31,11 @@ def create_job(
     request: Request, body: JobIn, tenant: TenantDep, session: SessionDep, storage: StorageDep, settings: SettingsDep
 ) -> JobOut:
     """Submit a job. Its rows are checked first; then it waits for a GPU."""
-    limits = {"max_live": settings.max_live_jobs, "max_bytes": settings.max_project_bytes}
+    limits = {
+        "max_live": settings.max_live_jobs,
+        "max_bytes": settings.max_project_bytes,
+        "max_gpus": settings.max_gpus_per_job,
+    }
     with tracing.span("tunery.job.submit") as span:
         trace = span.traceparent or request.state.traceparent
         asked = request_of(body)
@@ -70,6 +74,16 @@ def cancel_job(job_id: JobId, tenant: TenantDep, session: SessionDep, storage: S
     job = leases.cancel(session, tenant.project_id, job_id)
     session.flush()
     session.refresh(job)
+    return _shown(session, tenant, storage, [job])[0]
+
+
+@router.post("/{fine_tuning_job_id}/priority", dependencies=WRITE, responses=problems(400, 404, 409))
+def set_job_priority(
+    job_id: JobId, body: PriorityIn, tenant: TenantDep, session: SessionDep, storage: StorageDep
+) -> JobOut:
+    """Move a job before or behind this project's others that wait. Other projects' jobs are not concerned."""
+    job = jobs.set_priority(session, tenant.project_id, job_id, body.priority)
+    session.flush()
     return _shown(session, tenant, storage, [job])[0]
 
 

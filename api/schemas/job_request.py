@@ -101,6 +101,11 @@ class JobIn(In):
         return metadata
 
 
+class PriorityIn(In):
+    priority: Annotated[int, Field(ge=-100, le=100)]
+    """Higher first, among the project's own jobs; 0 is usual."""
+
+
 def request_of(body: JobIn) -> Request:
     """What the job service understands.
 

@@ -74,6 +74,26 @@ class JobAdapterOut(Out):
     uri: str
 
 
+class ResourcesOut(Out):
+    """Where it may run. `gpu_bytes`: memory kept for it on each GPU, null until its rows are checked."""
+
+    gpus: int
+    gpu_class: str | None
+    node_labels: dict[str, str]
+    shareable: bool
+    gpu_bytes: int | None
+
+
+class SchedulingOut(Out):
+    """When it runs. `limit_s`: how long it may hold its GPUs, as asked for or by default."""
+
+    priority: int
+    time_limit: float | None
+    preemptible: bool
+    urgent: bool
+    limit_s: float
+
+
 class JobExtra(Out):
     """What a job says beyond OpenAI's fields."""
 
@@ -83,6 +103,8 @@ class JobExtra(Out):
     attempts: list[AttemptOut]
     recipe: dict[str, Any] | None
     """What runs, with every `auto` resolved; null until the rows are checked."""
+    resources: ResourcesOut
+    scheduling: SchedulingOut
     platform: dict[str, Any]
     adapter: JobAdapterOut | None
     cost: CostOut
@@ -179,6 +201,8 @@ def job_out(
             progress=progress,
             attempts=[_attempt(view) for view in attempts],
             recipe=job.recipe,
+            resources=_resources(job),
+            scheduling=_scheduling(job),
             platform=job.platform,
             adapter=_adapter(published, storage) if published else None,
             cost=cost_out(used),
@@ -263,6 +287,26 @@ def _eta_s(job: Job, step: int, total: int | None, seconds_per_step: float | Non
     if job.state != JobState.RUNNING or not total or seconds_per_step is None:
         return None
     return round(max(0, total - step) * seconds_per_step)
+
+
+def _resources(job: Job) -> ResourcesOut:
+    return ResourcesOut(
+        gpus=job.gpus,
+        gpu_class=job.gpu_class,
+        node_labels=job.node_labels,
+        shareable=job.shareable,
+        gpu_bytes=job.required_bytes,
+    )
+
+
+def _scheduling(job: Job) -> SchedulingOut:
+    return SchedulingOut(
+        priority=job.priority,
+        time_limit=job.time_limit_s,
+        preemptible=job.preemptible,
+        urgent=job.urgent,
+        limit_s=job.limit_s,
+    )
 
 
 def _attempt(view: AttemptView) -> AttemptOut:

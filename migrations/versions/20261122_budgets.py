@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "budgets"
-down_revision = "scheduling"
+down_revision = "estimates"
 branch_labels = None
 depends_on = None
 

@@ -142,6 +142,8 @@ class Failed(_Event):
     type: Literal["failed"] = "failed"
     code: FailureCode
     message: str
+    peak_memory_bytes: int = 0
+    """The most that was held at once; 0 where nobody measured it."""
 
 
 Event = Annotated[

@@ -389,6 +389,7 @@ class RunObservation(Base):
     __table_args__ = (
         same_project("attempt_id", "attempts"),
         Index("ix_run_observations_base", "base_model_id", "gpu_class", "created_at"),
+        Index("ix_run_observations_recent", "created_at"),
     )
 
     attempt_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)

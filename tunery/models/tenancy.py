@@ -212,7 +212,13 @@ class Job(Base):
     """The name the result will have: `ft:base:org:suffix:id`."""
     gpus: Mapped[int] = mapped_column(default=1)
     required_bytes: Mapped[int | None] = mapped_column(BigInteger)
-    """Estimated memory on each GPU; known once the rows are."""
+    """Memory to reserve on each GPU: the estimate, corrected, with its margin. Known once the rows are."""
+    estimated_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """The bare estimate on each GPU: what measurements are compared with."""
+    estimated_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    """Of the whole training, all epochs."""
+    memory_faults: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Attempts that ran out of memory."""
     priority: Mapped[int] = mapped_column(default=0, server_default="0")
     """Among its own project's jobs; higher first."""
     urgent: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
