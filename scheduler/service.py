@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import structlog
 from redis.exceptions import RedisError
@@ -20,6 +21,7 @@ from scheduler.budgets import Budgets
 from scheduler.policy import schedule
 from scheduler.tidy import Tidy
 from tunery import catalogue, census, events, failpoints, ids, jobs, leases, membership, outbox, queue, tasks, wake
+from tunery.contracts.scheduling import Wait
 from tunery.db import Sessions, transaction
 from tunery.dispatch import Doorbell
 from tunery.errors import ServiceError, Unavailable
@@ -171,6 +173,8 @@ class Scheduler:
             return 0
         with metrics.PASS.time():
             plan = schedule(world)
+            every = plan.reasons(world.jobs)
+            plan = replace(plan, waits=tuple(Wait(job_id, reason) for job_id, reason in every.items()))
             with transaction(self._sessions) as session:
                 assigned = queue.apply(session, epoch, plan)
                 failpoints.reach("assign.made")

@@ -1,98 +1,319 @@
-"""The policy is a pure function; so are these tests."""
+"""The policy is a pure function; so are these tests. One small world each: what it decides, and what it says."""
 
 import uuid
-
-from hypothesis import given
-from hypothesis import strategies as st
+from dataclasses import replace
+from typing import Any
 
 from scheduler.policy import schedule
-from tunery import waiting
-from tunery.contracts.scheduling import GpuView, JobView, NodeView, Snapshot
+from tunery.contracts.scheduling import (
+    GpuView,
+    Hold,
+    HoldKind,
+    JobView,
+    NodeView,
+    PastPreemption,
+    Plan,
+    PolicySettings,
+    PreemptKind,
+    RunningView,
+    Snapshot,
+    Tenant,
+    WaitCode,
+)
 
 GIB = 1 << 30
+ORG, A, B = uuid.UUID(int=1), uuid.UUID(int=2), uuid.UUID(int=3)
+NOW = 100_000.0
+HOUR = 3600.0
 
 
-def gpu(node: uuid.UUID, size: int, used: int = 0) -> GpuView:
-    return GpuView(uuid.uuid4(), node, "H100", "cuda", size * GIB, (size - used) * GIB)
-
-
-def node(*sizes: int, slots: int = 8, used: int = 0) -> NodeView:
+def node(*sizes: int, slots: int = 8, name: str = "", gpu_class: str = "h100", **more: Any) -> NodeView:
     own = uuid.uuid4()
-    return NodeView(own, f"node-{own}", slots, tuple(gpu(own, size, used) for size in sizes))
+    gpus = tuple(GpuView(uuid.uuid4(), own, "H100", "cuda", size * GIB, size * GIB, gpu_class) for size in sizes)
+    return NodeView(own, name or f"node-{own}", slots, gpus, **more)
 
 
-def job(at: float, need: int = 10, gpus: int = 1) -> JobView:
-    return JobView(uuid.uuid4(), uuid.uuid4(), uuid.uuid4(), at, gpus, need * GIB)
+def job(at: float = 0, need: int = 10, gpus: int = 1, project: uuid.UUID = A, **more: Any) -> JobView:
+    return JobView(uuid.uuid4(), ORG, project, at, gpus, need * GIB, **more)
 
 
-def test_the_oldest_starts_first_and_the_rest_say_why_they_wait():
+def running(place: NodeView, *which: int, project: uuid.UUID = A, since: float = HOUR, **more: Any) -> RunningView:
+    """Holds these GPUs of the node, whole, for `since` seconds by now."""
+    ids = tuple(place.gpus[one].id for one in which)
+    size = place.gpus[which[0]].usable_bytes
+    values: dict[str, Any] = {"limit_s": 2 * HOUR, "checkpoint_at": NOW - 60} | more
+    return RunningView(
+        uuid.uuid4(), uuid.uuid4(), ORG, project, place.id, ids, size, True, float(len(which)), NOW - since, **values
+    )
+
+
+def world(nodes: list[NodeView], jobs: list[JobView], held: list[RunningView] | None = None, **more: Any) -> Snapshot:
+    """What is held is taken from its node's room."""
+    taken = {gpu_id for one in held or [] for gpu_id in one.gpu_ids}
+    shown = [
+        replace(
+            one,
+            free_slots=one.free_slots - sum(other.node_id == one.id for other in held or []),
+            gpus=tuple(replace(gpu, free_bytes=0) if gpu.id in taken else gpu for gpu in one.gpus),
+        )
+        for one in nodes
+    ]
+    return Snapshot(tuple(jobs), tuple(shown), NOW, tuple(held or []), **more)
+
+
+def project(id: uuid.UUID, **more: Any) -> Tenant:
+    return Tenant(id, ORG, active=True, **more)
+
+
+def code(plan: Plan, one: JobView) -> WaitCode:
+    return plan.reasons([one])[one.id].code
+
+
+def test_the_oldest_of_a_project_starts_first_and_the_rest_say_why_they_wait():
     late, early = job(2), job(1)
-    plan = schedule(Snapshot((late, early), (node(80),)))
+    plan = schedule(world([node(80)], [late, early]))
     assert [start.job_id for start in plan.starts] == [early.id]
-    (wait,) = plan.waits
-    assert wait.job_id == late.id
-    said = waiting.message(wait.reason)
-    assert said == "needs 1 x 10.0 GiB; 1 of 1 suitable devices are busy and 0 waiting jobs are ahead"
+    assert code(plan, late) is WaitCode.BUSY
+
+
+def test_priority_goes_before_age_inside_a_project_and_never_across():
+    old, important, others = job(1), job(2, priority=5), job(3, project=B)
+    served = project(A, service=0), project(B, service=50)
+    plan = schedule(world([node(80)], [old, important, others], projects=served))
+    assert [start.job_id for start in plan.starts] == [important.id]
+    less = project(A, service=50), project(B, service=0)
+    plan = schedule(world([node(80)], [old, important, others], projects=less))
+    assert [start.job_id for start in plan.starts] == [others.id]
+
+
+def test_an_operators_urgent_job_goes_before_every_projects():
+    first, urgent = job(1), job(2, project=B, urgent=True)
+    tenants = project(A), project(B, service=1e6)
+    plan = schedule(world([node(80)], [first, urgent], projects=tenants))
+    assert [start.job_id for start in plan.starts] == [urgent.id]
+
+
+def test_two_idle_projects_that_come_at_once_share_evenly():
+    """History alone would give the first one everything."""
+    jobs = [job(0, project=one) for one in (A, B) for _ in range(40)]
+    plan = schedule(world([node(*[80] * 8)], jobs, projects=(project(A), project(B))))
+    assert len(plan.starts) == 8
+    owner = {one.id: one.project_id for one in jobs}
+    assert sum(owner[start.job_id] == A for start in plan.starts) == 4
+
+
+def test_weights_divide_the_gpus():
+    jobs = [job(0, project=one) for one in (A, B) for _ in range(40)]
+    plan = schedule(world([node(*[80] * 8)], jobs, projects=(project(A, weight=3.0), project(B))))
+    owner = {one.id: one.project_id for one in jobs}
+    assert sum(owner[start.job_id] == A for start in plan.starts) == 6
+
+
+def test_a_guarantee_is_served_before_shares():
+    mine, theirs = job(2, project=A), job(1, project=B)
+    tenants = project(A, service=1e6, guarantee=1), project(B)
+    plan = schedule(world([node(80)], [mine, theirs], projects=tenants))
+    assert [start.job_id for start in plan.starts] == [mine.id]
+
+
+def test_a_cap_is_never_exceeded_and_blocks_nobody_else():
+    jobs = [job(n, project=A) for n in range(3)] + [job(9, project=B)]
+    plan = schedule(world([node(80, 80, 80)], jobs, projects=(project(A, cap=1), project(B))))
+    assert {start.job_id for start in plan.starts} == {jobs[0].id, jobs[3].id}
+    assert code(plan, jobs[1]) is WaitCode.PROJECT_CAP
+
+
+def test_an_organizations_cap_holds_for_all_its_projects():
+    jobs = [job(0, project=A), job(1, project=B)]
+    plan = schedule(world([node(80, 80)], jobs, organizations=(Tenant(ORG, ORG, cap=1),)))
+    assert len(plan.starts) == 1
+    assert code(plan, jobs[1]) is WaitCode.ORGANIZATION_CAP
+
+
+def test_no_more_run_at_once_than_a_project_may():
+    jobs = [job(0), job(1)]
+    plan = schedule(world([node(80, 80)], jobs, projects=(project(A, max_running=1),)))
+    assert len(plan.starts) == 1
+    assert code(plan, jobs[1]) is WaitCode.RUNNING_LIMIT
+
+
+def test_a_blocked_project_starts_nothing_and_is_told_why():
+    plan = schedule(world([node(80)], [one := job()], projects=(project(A, blocked="its budget"),)))
+    assert not plan.starts
+    assert dict(plan.reasons([one])[one.id].numbers) == {"why": "its budget"}
 
 
 def test_the_smallest_device_that_is_large_enough_is_taken():
     both = node(80, 24)
-    (start,) = schedule(Snapshot((job(1, need=20),), (both,))).starts
+    (start,) = schedule(world([both], [job(need=20)])).starts
     assert start.gpu_ids == (both.gpus[1].id,)
 
 
-def test_what_fits_nowhere_says_what_the_largest_device_has():
-    (wait,) = schedule(Snapshot((job(1, need=100),), (node(80), node(24)))).waits
-    assert "the largest device that is up has 80.0 GiB" in waiting.message(wait.reason)
+def test_a_gang_gets_all_its_gpus_on_one_node_or_none():
+    first, second = node(80, 80), node(80, 80, 80)
+    (start,) = schedule(world([first, second], [job(gpus=3)])).starts
+    assert start.node_id == second.id
+    assert len(set(start.gpu_ids)) == 3
+    plan = schedule(world([first, node(80)], [one := job(gpus=3)]))
+    assert not plan.starts
+    assert code(plan, one) is WaitCode.TOO_LARGE
 
 
-def test_with_no_node_up_a_job_says_so():
-    (wait,) = schedule(Snapshot((job(1),), ())).waits
-    assert "no node is up" in waiting.message(wait.reason)
+def test_a_class_and_labels_are_kept_to():
+    cheap, fast = node(80, gpu_class="a100"), node(80, gpu_class="h100", labels=frozenset({("rack", "b")}))
+    for asked in (job(gpu_class="h100"), job(labels=frozenset({("rack", "b")}))):
+        (start,) = schedule(world([cheap, fast], [asked])).starts
+        assert start.node_id == fast.id
+    plan = schedule(world([cheap, fast], [one := job(gpu_class="b200")]))
+    assert code(plan, one) is WaitCode.NO_SUCH_PLACE
 
 
-def test_a_younger_small_job_does_not_overtake_an_older_one_that_waits_for_the_same_node():
-    busy = node(80, 80, used=0)
-    busy = NodeView(busy.id, busy.name, 8, (busy.gpus[0], gpu(busy.id, 80, used=80)))
-    pair, single = job(1, gpus=2), job(2)
-    assert not schedule(Snapshot((pair, single), (busy,))).starts
+def test_a_node_that_takes_no_work_explains_a_wait():
+    plan = schedule(world([node(80, schedulable=False, why_not="cordoned")], [one := job()]))
+    assert code(plan, one) is WaitCode.UNAVAILABLE
+    assert dict(plan.reasons([one])[one.id].numbers)["why"] == "1 cordoned"
+    assert code(schedule(world([], [one])), one) is WaitCode.NO_NODE
 
 
-def test_but_it_may_start_where_the_older_one_could_never_run():
-    big, small = node(80, used=80), node(24)
-    huge, little = job(1, need=60), job(2, need=10)
-    (start,) = schedule(Snapshot((huge, little), (big, small))).starts
-    assert start.job_id == little.id
-    assert start.node_id == small.id
+def test_jobs_of_one_project_share_a_gpu_where_both_agree():
+    one, other, foreign = job(1, shareable=True), job(2, shareable=True), job(3, shareable=True, project=B)
+    plan = schedule(world([node(80, slots=3)], [one, other, foreign]))
+    assert {start.job_id for start in plan.starts} == {one.id, other.id}
+    assert all(not start.exclusive and start.rate == 10 / 80 for start in plan.starts)
+    alone = schedule(world([node(80)], [one, other], settings=PolicySettings(sharing=False)))
+    assert len(alone.starts) == 1
 
 
-nodes_strategy = st.lists(
-    st.builds(
-        lambda sizes, slots, used: node(*sizes, slots=slots, used=used),
-        st.lists(st.sampled_from([24, 48, 80]), min_size=1, max_size=4),
-        st.integers(0, 4),
-        st.sampled_from([0, 24]),
-    ),
-    max_size=4,
-)
-jobs_strategy = st.lists(st.builds(job, st.floats(0, 100), st.integers(1, 100), st.integers(1, 3)), max_size=12)
+def test_jobs_with_one_engine_key_join_one_base_where_engines_are_on():
+    jobs = [job(n, need=40, engine_key="llama", engine_bytes=GIB) for n in range(3)]
+    plan = schedule(world([node(80)], jobs, settings=PolicySettings(engines=True)))
+    assert len({start.engine_id for start in plan.starts}) == 1
+    assert [start.bytes_per_gpu for start in plan.starts] == [40 * GIB, GIB, GIB]
+    assert len(schedule(world([node(80)], jobs)).starts) == 1
+    apart = schedule(
+        world([node(80)], jobs, projects=(project(A, dedicated=True),), settings=PolicySettings(engines=True))
+    )
+    assert len(apart.starts) == 1
 
 
-@given(nodes_strategy, jobs_strategy)
-def test_no_plan_ever_overcommits_a_gpu_or_a_slot_and_every_job_gets_one_answer(nodes, jobs):
-    snapshot = Snapshot(tuple(jobs), tuple(nodes))
-    plan = schedule(snapshot)
-    starts = plan.starts
-    answered = [start.job_id for start in starts] + [wait.job_id for wait in plan.waits]
-    assert sorted(answered) == sorted(job.id for job in jobs)
-    taken = [gpu_id for start in starts for gpu_id in start.gpu_ids]
-    assert len(taken) == len(set(taken))
-    by_id = {gpu.id: gpu for node in nodes for gpu in node.gpus}
-    for start in starts:
-        assert {by_id[gpu_id].node_id for gpu_id in start.gpu_ids} == {start.node_id}
-        assert all(
-            by_id[gpu_id].free_bytes == by_id[gpu_id].usable_bytes >= start.bytes_per_gpu for gpu_id in start.gpu_ids
-        )
-    for place in nodes:
-        assert sum(start.node_id == place.id for start in starts) <= place.free_slots
-    assert schedule(snapshot) == plan
+# ---- backfill ----------------------------------------------------------------------------------------------------
+
+
+def test_a_small_job_may_pass_a_blocked_gang_only_if_it_is_gone_in_time():
+    place = node(80, 80)
+    held = running(place, 0, project=B, limit_s=2 * HOUR)  # gone in an hour, and a grace
+    pair, short, long = job(1, gpus=2), job(2, limit_s=HOUR), job(3, limit_s=2 * HOUR)
+    plan = schedule(world([place], [pair, short, long], [held], settings=PolicySettings(preemption=False)))
+    assert [start.job_id for start in plan.starts] == [short.id]
+    (hold,) = plan.holds
+    assert (hold.job_id, hold.kind, hold.promised_at) == (pair.id, HoldKind.GANG, NOW + HOUR + 120)
+    assert code(plan, pair) is WaitCode.HOLDS
+    plan = schedule(world([place], [pair, long], [held], settings=PolicySettings(preemption=False)))
+    assert not plan.starts
+    reason = plan.reasons([long])[long.id]
+    assert reason.code is WaitCode.RESERVED
+    assert dict(reason.numbers)["limit_s"] == HOUR
+
+
+def test_a_gang_keeps_its_place_until_it_starts():
+    place = node(80, 80)
+    pair, other = job(1, gpus=2), job(0, project=B)
+    hold = Hold(pair.id, HoldKind.GANG, "h100", place.id, (), NOW)
+    least_served = project(A, service=1e6), project(B)
+    (start,) = schedule(world([place], [pair, other], projects=least_served, holds=(hold,))).starts
+    assert start.job_id == pair.id
+
+
+# ---- pre-emption --------------------------------------------------------------------------------------------------
+
+
+def test_a_guarantee_is_reclaimed_from_whoever_has_more_than_its_own():
+    place = node(80)
+    held = running(place, 0, project=B)
+    tenants = project(A, guarantee=1, service=1e6), project(B)
+    plan = schedule(world([place], [one := job()], [held], projects=tenants))
+    (asked,) = plan.preempts
+    assert (asked.attempt_id, asked.for_job, asked.kind) == (held.attempt_id, one.id, PreemptKind.GUARANTEE)
+    (hold,) = plan.holds
+    assert (hold.kind, hold.gpu_ids, hold.promised_at) == (HoldKind.PREEMPTION, held.gpu_ids, NOW + 120)
+    assert code(plan, one) is WaitCode.PREEMPTING
+    safe = project(A, guarantee=1), project(B, guarantee=1)
+    assert not schedule(world([place], [one], [held], projects=safe)).preempts
+
+
+def test_what_was_freed_for_a_job_goes_to_nobody_else():
+    place = node(80)
+    beneficiary, other = job(5, project=A), job(0, project=B)
+    hold = Hold(beneficiary.id, HoldKind.PREEMPTION, "h100", place.id, (place.gpus[0].id,), NOW + 60)
+    tenants = project(A, service=1e6), project(B)
+    waits = schedule(
+        world([place], [beneficiary, other], [running(place, 0, stopping=True)], projects=tenants, holds=(hold,))
+    )
+    assert waits.holds == (hold,)
+    (start,) = schedule(world([place], [beneficiary, other], projects=tenants, holds=(hold,))).starts
+    assert start.job_id == beneficiary.id
+    gone = schedule(world([place], [other], projects=tenants, holds=(hold,)))
+    assert [start.job_id for start in gone.starts] == [other.id]
+    assert not gone.holds
+
+
+def test_a_share_is_evened_out_only_while_the_other_stays_no_worse_off():
+    place = node(80, 80)
+    both = [running(place, 0, project=B), running(place, 1, project=B, since=2 * HOUR, limit_s=9 * HOUR)]
+    ahead = project(A, service=10), project(B, service=1e6)
+    plan = schedule(world([place], [one := job()], both, projects=ahead))
+    assert [asked.kind for asked in plan.preempts] == [PreemptKind.FAIR_SHARE]
+    assert plan.preempts[0].for_job == one.id
+    alone = node(80)
+    only = running(alone, 0, project=B)
+    assert not schedule(world([alone], [one], [only], projects=ahead)).preempts  # 1 against 0 afterwards
+    served = project(A, service=2e6), project(B, service=1e6)
+    assert not schedule(world([place], [one], both, projects=served)).preempts
+
+
+def test_who_may_not_be_moved_is_not():
+    place = node(80)
+    tenants = project(A, guarantee=1), project(B)
+    for more in (
+        {"since": 600.0},
+        {"overhead_s": HOUR},
+        {"preemptible": False},
+        {"preemptions": 3},
+        {"stopping": True},
+    ):
+        held = running(place, 0, project=B, **more)
+        assert not schedule(world([place], [job()], [held], projects=tenants)).preempts, more
+    held = running(place, 0, project=B)
+    past = (PastPreemption(B, A, NOW - HOUR),)
+    assert not schedule(world([place], [job()], [held], projects=tenants, preemptions=past)).preempts
+    off = PolicySettings(preemption=False)
+    assert not schedule(world([place], [job()], [held], projects=tenants, settings=off)).preempts
+    assert schedule(world([place], [job()], [held], projects=tenants)).preempts
+
+
+def test_nobody_is_moved_who_is_not_needed_and_the_least_loss_goes_first():
+    place = node(80, 80, 80)
+    late = running(place, 0, project=B, checkpoint_at=NOW - 3000)
+    saved = running(place, 1, project=B, checkpoint_at=NOW - 1)
+    pair = running(place, 2, project=B, checkpoint_at=NOW - 2000)
+    tenants = project(A, guarantee=1), project(B)
+    plan = schedule(world([place], [job()], [late, saved, pair], projects=tenants))
+    assert [asked.attempt_id for asked in plan.preempts] == [saved.attempt_id]
+
+
+# ---- idle time banks nothing --------------------------------------------------------------------------------------
+
+
+def test_a_project_that_wakes_up_starts_level_with_the_least_served():
+    tenants = Tenant(A, ORG, service=10, active=False), project(B, service=5000)
+    plan = schedule(world([], [job(project=A), job(project=B)], projects=tenants))
+    assert [(one.id, one.active, one.credit) for one in plan.projects] == [(A, True, 4990)]
+
+
+def test_the_order_of_rows_does_not_matter():
+    nodes = [node(80, 80, name="a"), node(80, 24, name="b")]
+    jobs = [job(n % 3, need=10 + n, gpus=1 + n % 2, project=(A, B)[n % 2]) for n in range(9)]
+    held = [running(nodes[0], 0, project=B)]
+    one = schedule(world(nodes, jobs, held))
+    other = schedule(world(nodes[::-1], jobs[::-1], held))
+    assert one == other

@@ -18,10 +18,7 @@ def message(reason: Reason) -> str:
         case WaitCode.TOO_LARGE:
             return f"{need} on one node, but the largest device that is up has {_gib(numbers['largest'])}"
         case WaitCode.BUSY:
-            return (
-                f"{need}; {numbers['busy']} of {numbers['total']} suitable devices are busy and "
-                f"{numbers['ahead']} waiting jobs are ahead"
-            )
+            return f"{need}; {numbers['busy']} of {numbers['total']} suitable devices are busy"
         case _:
             return f"{need}; {reason.code}"
 
