@@ -258,6 +258,39 @@ def test_create_uploads_with_progress_and_sends_what_was_asked(run: Run, server:
     }
 
 
+def test_create_says_what_it_asks_of_the_scheduler(run: Run, rows: Path) -> None:
+    flags = "--gpus 2 --gpu-class h100-80gb --node-label rack=b --node-label disk=nvme --shareable"
+    when = "--priority 20 --time-limit 2h30m --no-preemption --urgent"
+    done = run("jobs", "create", "-m", "m", "-t", "train.jsonl", "--dry-run", *flags.split(), *when.split())
+    assert json.loads(done.stdout)["tunery"] == {
+        "resources": {
+            "gpus": 2,
+            "gpu_class": "h100-80gb",
+            "node_labels": {"rack": "b", "disk": "nvme"},
+            "shareable": True,
+        },
+        "scheduling": {"priority": 20, "time_limit": "2h30m", "preemptible": False, "urgent": True},
+    }
+    wrong = run("jobs", "create", "-m", "m", "-t", "train.jsonl", "--dry-run", "--node-label", "rack")
+    assert wrong.returncode == 2 and "--node-label" in wrong.stderr
+
+
+def test_a_priority_is_set_and_a_job_shows_what_it_asked_for(run: Run, server: Server) -> None:
+    asked = {
+        "resources": {"gpus": 2, "gpu_class": "h100-80gb", "node_labels": {"rack": "b"}, "gpu_bytes": 21_000_000_000},
+        "scheduling": {"priority": 20, "preemptible": False, "limit_s": 9000.0},
+    }
+    server.jobs = [job(**asked)]
+    done = run("jobs", "priority", "@last", "20")
+    assert (done.returncode, done.stdout) == (0, JOB_ID + "\n"), done.stderr
+    (_, body), *_ = server.sent("POST", f"/v1/fine_tuning/jobs/{JOB_ID}/priority")
+    assert json.loads(body) == {"priority": 20}
+    shown = run("jobs", "show", "@last").stdout
+    assert "2 GPUs with 21 GB, class h100-80gb, rack=b, priority 20, no pre-emption" in shown
+    assert re.search(r"time limit +2h 30m", shown)
+    assert run("jobs", "priority", "@last", "101").returncode == 2
+
+
 def test_a_dry_run_sends_nothing_and_flags_go_over_the_recipe(
     run: Run, server: Server, rows: Path, tmp_path: Path
 ) -> None:

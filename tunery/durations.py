@@ -67,7 +67,8 @@ def of_jobs(session: Session, jobs: Iterable[Job]) -> dict[uuid.UUID, tuple[floa
     """`expected` of jobs that are at hand."""
     jobs = list(jobs)
     wanted = {job.base_model_id for job in jobs}
-    cards = dict(session.execute(select(BaseModel.id, BaseModel.card).where(BaseModel.id.in_(wanted))).tuples())
+    query = select(BaseModel.id, BaseModel.card).where(BaseModel.id.in_(wanted))
+    cards = dict(session.execute(query).tuples().all())
     speeds, devices = observations.speeds(session), observations.devices(session)
     known: dict[tuple[Any, ...], tuple[Seconds, Seconds]] = {}
     found: dict[uuid.UUID, tuple[float, float]] = {}

@@ -17,7 +17,7 @@ _SECTIONS = {
     "Fine-tuning": ("models", "files", "jobs", "adapters"),
     "Machines": ("nodes", "node"),
 }
-_JOBS = ("create", "watch", "wait", "list", "show", "logs", "events", "checkpoints", "cancel", "delete")
+_JOBS = ("create", "watch", "wait", "list", "show", "logs", "events", "checkpoints", "priority", "cancel", "delete")
 _ANYWHERE = ("--api-url", "--profile")
 
 EPILOG = """\b

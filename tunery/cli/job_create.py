@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tunery.client import Client
     from tunery.client.shapes import Job
 
-SECTIONS = ("adapter", "training", "evaluation", "resources")
+SECTIONS = ("adapter", "training", "evaluation", "resources", "scheduling")
 
 
 def register(app: typer.Typer) -> None:
@@ -55,6 +55,21 @@ def create(
     recipe: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Settings; flags go over it.")] = None,
     metadata: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Repeatable.")] = None,
     gpus: Annotated[int | None, typer.Option(metavar="N", min=1, help="On one node.")] = None,
+    gpu_class: Annotated[str | None, typer.Option(metavar="NAME", help="Only on such GPUs, e.g. h100-80gb.")] = None,
+    node_label: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only on nodes that have it. Repeatable.")
+    ] = None,
+    shareable: Annotated[
+        bool | None, typer.Option("--shareable/--exclusive", help="May share its GPU with your project's others.")
+    ] = None,
+    priority: Annotated[
+        int | None, typer.Option(metavar="N", min=-100, max=100, help="Among your project's jobs; higher first.")
+    ] = None,
+    time_limit: Annotated[str | None, typer.Option(metavar="2h30m", help="How long it may hold its GPUs.")] = None,
+    preemptible: Annotated[
+        bool | None, typer.Option("--preemptible/--no-preemption", help="May be stopped at a checkpoint for others.")
+    ] = None,
+    urgent: Annotated[bool, typer.Option("--urgent", help="Before every project's jobs; operators only.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Return when it has ended; exit 3 or 10 if not well.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="As --wait, with live progress.")] = False,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return at once (the default).")] = False,
@@ -70,7 +85,10 @@ def create(
     _overlay(settings, "training", max_length=max_length, max_steps=max_steps)
     _overlay(settings, "training", eval_steps=eval_steps, save_steps=save_steps)
     _overlay(settings, "evaluation", samples=samples, exact_match=exact_match)
-    _overlay(settings, "resources", gpus=gpus)
+    labels = pairs(node_label, "--node-label") if node_label else None
+    _overlay(settings, "resources", gpus=gpus, gpu_class=gpu_class, node_labels=labels, shareable=shareable)
+    _overlay(settings, "scheduling", priority=priority, time_limit=time_limit, preemptible=preemptible)
+    _overlay(settings, "scheduling", urgent=urgent or None)
     body: dict[str, Any] = {"model": model, "training_file": training, "validation_file": validation}
     body |= {"suffix": suffix, "seed": _seed(settings, seed), "metadata": pairs(metadata or []) or None}
     body["method"] = _method(settings, epochs, batch_size, lr, lr_multiplier)
@@ -208,11 +226,11 @@ def _modules(text: str | None) -> str | list[str] | None:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def pairs(items: list[str]) -> dict[str, str]:
+def pairs(items: list[str], option: str = "--metadata") -> dict[str, str]:
     found: dict[str, str] = {}
     for item in items:
         key, equals, value = item.partition("=")
         if not equals or not key:
-            raise typer.BadParameter(f"{item!r} is not KEY=VALUE", param_hint="--metadata")
+            raise typer.BadParameter(f"{item!r} is not KEY=VALUE", param_hint=option)
         found[key] = value
     return found

@@ -98,6 +98,8 @@ def _about(job: "Job") -> list[tuple[str, object]]:
         ("validation file", job.get("validation_file")),
         ("seed", job.get("seed")),
         ("settings", settings_of(job)),
+        ("asked for", asked_of(job)),
+        ("time limit", duration(limit) if (limit := extra.get("scheduling", {}).get("limit_s")) else None),
         ("metadata", ", ".join(f"{key}={value}" for key, value in (job.get("metadata") or {}).items())),
         ("created", date(job.get("created_at"))),
         ("finished", date(job.get("finished_at"))),
@@ -105,6 +107,19 @@ def _about(job: "Job") -> list[tuple[str, object]]:
         ("result", job.get("fine_tuned_model")),
         ("adapter", made),
     ]
+
+
+def asked_of(job: "Job") -> str:
+    """Of the scheduler, where it is not the usual; memory once it is known."""
+    where, when = job.get("tunery", {}).get("resources") or {}, job.get("tunery", {}).get("scheduling") or {}
+    memory, gpus = where.get("gpu_bytes"), where.get("gpus", 1)
+    shown = [f"{gpus} GPU{'s' if gpus > 1 else ''}" + (f" with {size(memory)}" if memory else "")]
+    shown += [f"class {name}" for name in [where.get("gpu_class")] if name]
+    shown += [f"{key}={value}" for key, value in (where.get("node_labels") or {}).items()]
+    shown += [f"priority {level}" for level in [when.get("priority")] if level]
+    marks = {"shareable": where.get("shareable"), "urgent": when.get("urgent")}
+    marks["no pre-emption"] = when.get("preemptible") is False
+    return ", ".join([*shown, *(name for name, on in marks.items() if on)])
 
 
 def losses(progress: "Progress") -> list[tuple[str, float | str]]:
@@ -161,6 +176,24 @@ def cancel(jobs: PLURAL, as_json: Json = False, quiet: Quiet = False) -> None:
         if not quiet:
             with contextlib.suppress(BrokenPipeError):
                 done(f"{job['id']} is {state_of(job)}")
+
+
+@app.command("priority")
+def priority(
+    job: JobRef,
+    value: Annotated[int, typer.Argument(metavar="N", min=-100, max=100, help="Higher first; 0 is usual.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Move a job before or behind your project's other waiting jobs."""
+    api = config.client()
+    changed = api.set_priority(refs.job(api, job)["id"], value)
+    if as_json:
+        json_out(changed)
+        return
+    data(changed["id"])
+    if not quiet:
+        done(f"{changed['id']} has priority {value}")
 
 
 @app.command("delete")

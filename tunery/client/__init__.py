@@ -132,6 +132,11 @@ class Client:
     def cancel_job(self, job_id: str) -> Job:
         return cast("Job", self._http.call("POST", f"{_JOBS}/{_segment(job_id)}/cancel"))
 
+    def set_priority(self, job_id: str, priority: int) -> Job:
+        """Among the project's own jobs: -100 to 100, higher first."""
+        path = f"{_JOBS}/{_segment(job_id)}/priority"
+        return cast("Job", self._http.call("POST", path, json={"priority": priority}))
+
     def delete_job(self, job_id: str) -> dict[str, Any]:
         return self._http.call("DELETE", f"{_JOBS}/{_segment(job_id)}")
 

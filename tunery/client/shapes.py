@@ -79,6 +79,22 @@ class JobAdapter(TypedDict, total=False):
     url: str
 
 
+class Resources(TypedDict, total=False):
+    gpus: int
+    gpu_class: str | None
+    node_labels: dict[str, str]
+    shareable: bool
+    gpu_bytes: int | None
+
+
+class Scheduling(TypedDict, total=False):
+    priority: int
+    time_limit: float | None
+    preemptible: bool
+    urgent: bool
+    limit_s: float
+
+
 class JobExtra(TypedDict, total=False):
     """What a job says beyond OpenAI's fields."""
 
@@ -87,6 +103,8 @@ class JobExtra(TypedDict, total=False):
     progress: Progress | None
     attempts: list[Attempt]
     recipe: dict[str, Any] | None
+    resources: Resources
+    scheduling: Scheduling
     adapter: JobAdapter | None
 
 
