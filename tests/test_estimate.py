@@ -110,8 +110,8 @@ def test_more_asked_is_never_less_reserved(one: int, other: int, ratios: list[fl
 
 @given(st.lists(st.floats(0.05, 10), max_size=60), st.floats(0.01, 10))
 def test_one_run_cannot_halve_what_the_others_say(ratios: list[float], one: float) -> None:
-    before = factor(seen(ratios)) if ratios else 1.0
-    assert before / 1.5 <= factor(seen([*ratios, one])) < before * 2
+    """Down it goes slowly; up it may go at once, which is the safe side."""
+    assert factor(seen([*ratios, one])) >= factor(seen(ratios)) / 1.5
 
 
 @given(st.floats(0.5, 2), st.integers(30, 50))
