@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ from fastapi.security import HTTPBearer
 from sqlalchemy.orm import Session
 
 from tunery import db, failpoints, ids, tenancy
+from tunery.audit import Actor
 from tunery.db import Sessions
 from tunery.errors import NotFound, Unauthenticated
 from tunery.settings import ApiSettings
@@ -79,17 +80,27 @@ class Tenant:
 
     identity: Identity
     sessions: Sessions
+    request_id: str | None = None
+
+    @property
+    def actor(self) -> Actor:
+        """For the audit log."""
+        return Actor(self.identity, self.request_id)
 
     @property
     def project_id(self) -> uuid.UUID:
         return self.identity.project_id
+
+    def of(self, project_id: uuid.UUID) -> "Tenant":
+        """Transactions that see another project, for routes that have asked for the scope `admin`."""
+        return Tenant(replace(self.identity, project_id=project_id), self.sessions, self.request_id)
 
     def transaction(self) -> AbstractContextManager[Session]:
         return db.transaction(partial(db.for_project, self.sessions, self.project_id))
 
 
 def get_tenant(request: Request) -> Tenant:
-    return Tenant(request.state.identity, request.app.state.sessions)
+    return Tenant(request.state.identity, request.app.state.sessions, request.state.request_id)
 
 
 def get_session(tenant: Annotated[Tenant, Depends(get_tenant)]) -> Iterator[Session]:

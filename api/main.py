@@ -8,7 +8,23 @@ from api.deps import JOIN, authenticate
 from api.documentation import ALWAYS, operation_id
 from api.middleware import BodyLimit, Edge
 from api.retry import Retry
-from api.routes import adapters, base_models, budgets, files, health, identity, jobs, legacy, models, nodes, usage
+from api.routes import (
+    adapters,
+    audit,
+    base_models,
+    budgets,
+    files,
+    gpus,
+    health,
+    identity,
+    jobs,
+    legacy,
+    models,
+    nodes,
+    projects,
+    queue,
+    usage,
+)
 from tunery import __version__, readiness
 from tunery.db import Sessions
 from tunery.dispatch import connect
@@ -41,7 +57,8 @@ def create_app(sessions: Sessions, storage: Storage, settings: ApiSettings) -> F
     asked = [readiness.database(settings), readiness.storage(settings), readiness.redis(settings.redis_url)]
     app.state.health, app.state.probes = Health(asked), anyio.CapacityLimiter(4)
     errors.install(app)
-    for module in (files, jobs, models, base_models, adapters, nodes, usage, budgets, identity, legacy, health):
+    ours = (base_models, adapters, nodes, gpus, queue, projects, audit, usage, budgets, identity, legacy, health)
+    for module in (files, jobs, models, *ours):
         app.include_router(module.router)  # routers carry their whole prefix: metrics name a route by it
     uploads = {("POST", "/v1/files"): settings.max_file_bytes}
     app.add_middleware(Retry, once=frozenset({*uploads, ("POST", JOIN)}))

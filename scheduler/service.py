@@ -20,7 +20,21 @@ from scheduler import metrics
 from scheduler.budgets import Budgets
 from scheduler.policy import schedule
 from scheduler.tidy import Tidy
-from tunery import catalogue, census, events, failpoints, ids, jobs, leases, membership, outbox, queue, tasks, wake
+from tunery import (
+    catalogue,
+    census,
+    events,
+    failpoints,
+    ids,
+    jobs,
+    leases,
+    maintenance,
+    membership,
+    outbox,
+    queue,
+    tasks,
+    wake,
+)
 from tunery.contracts.scheduling import Wait
 from tunery.db import Sessions, transaction
 from tunery.dispatch import Doorbell
@@ -64,7 +78,7 @@ class Scheduler:
         self._tidy = Tidy(sessions, storage, settings) if storage else None
         self._epoch: int | None = None
         self._stop = threading.Event()
-        self._woken = {"decide": threading.Event(), "relay": threading.Event()}
+        self._woken = {name: threading.Event() for name in ("decide", "relay", "drain")}
         self._looked = {"lead": time.monotonic(), "decide": time.monotonic(), "sweep": time.monotonic()}
         """When each loop last came round; one that hangs makes the scheduler not ready."""
 
@@ -99,6 +113,7 @@ class Scheduler:
             ("sweep", self.sweep, self._settings.sweep_s),
             ("doors", self.keep_doors, self._settings.sweep_s),
             ("budgets", self.keep_budgets, self._settings.budget_s),
+            ("drain", self.drain, self._settings.sweep_s),
         ]
         if self._tidy is not None:
             loops.append(("tidy", self.tidy, self._settings.tidy_s))
@@ -271,6 +286,17 @@ class Scheduler:
                 yield session
         except DBAPIError as error:
             log.warning("left for the next sweep", error=str(error.orig).strip()[:200])
+
+    def drain(self) -> None:
+        """Move what runs on draining nodes elsewhere; also what a pass that had not seen the drain put there."""
+        if (epoch := self._epoch) is None:
+            return
+        with transaction(self._sessions) as session:
+            found = maintenance.to_end(session)
+        for attempt_id in found:
+            with self._one(epoch) as session:
+                if leases.evict(session, attempt_id, self._settings.stop_grace_s, "Its node is taken out of service"):
+                    log.info("moved off a draining node", attempt=str(attempt_id))
 
     def tidy(self) -> None:
         """Delete what may go."""

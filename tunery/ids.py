@@ -13,7 +13,7 @@ _LENGTH = 26
 FILE, JOB, EVENT, CHECKPOINT = "file-", "ftjob-", "ftevent-", "ftckpt_"
 PROJECT, ORGANIZATION, KEY = "proj_", "org-", "key_"
 ADAPTER, ADAPTER_VERSION, ATTEMPT = "adapter-", "adver_", "att_"
-NODE, JOIN_TOKEN = "node_", "jointok_"
+NODE, JOIN_TOKEN, GPU, AUDIT = "node_", "jointok_", "gpu_", "audit_"
 
 
 def uuid7() -> uuid.UUID:

@@ -20,7 +20,8 @@ from sqlalchemy import func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from tunery import ids, node_logins, redis_acl
+from tunery import audit, ids, node_logins, redis_acl
+from tunery.audit import Actor
 from tunery.db import Sessions, transaction
 from tunery.errors import Conflict, NotFound, Unauthenticated
 from tunery.ids import uuid7
@@ -42,6 +43,16 @@ class NodeView:
     joined: bool
     silent: bool
     devices: Sequence[Gpu]
+    attempts: int = 0
+    """Live, or still holding its devices."""
+    tasks: int = 0
+
+    @property
+    def state(self) -> str:
+        """`drained` is a node that drains and has nothing left: it may be switched off."""
+        if self.node.state == "draining" and not self.attempts and not self.tasks:
+            return "drained"
+        return "silent" if self.silent else self.node.state
 
 
 @dataclass(frozen=True)
@@ -76,15 +87,17 @@ class Admitted:
 # ---- tokens -------------------------------------------------------------------------------------------------
 
 
-def make_token(session: Session, key_id: uuid.UUID, pepper: str, lives_s: float) -> tuple[JoinToken, str]:
+def make_token(session: Session, actor: Actor, pepper: str, lives_s: float) -> tuple[JoinToken, str]:
     """A token for one node. Its text (256 random bits) is returned this once."""
     plain = TOKEN_PREFIX + secrets.token_urlsafe(32)
     expires_at = func.now() + timedelta(seconds=lives_s)
-    token = JoinToken(token_hmac=_digest(plain, pepper), created_by=key_id, expires_at=expires_at)
+    token = JoinToken(token_hmac=_digest(plain, pepper), created_by=actor.identity.key_id, expires_at=expires_at)
     session.add(token)
     session.flush()
     session.refresh(token, ["expires_at", "created_at"])
-    log.info("join token made", token=ids.encode(ids.JOIN_TOKEN, token.id), key=str(key_id))
+    wire_id = ids.encode(ids.JOIN_TOKEN, token.id)
+    audit.record(session, actor, "node.token", wire_id, after={"expires_at": token.expires_at.isoformat()})
+    log.info("join token made", token=wire_id, key=str(actor.identity.key_id))
     return token, plain
 
 
@@ -244,7 +257,7 @@ def get(session: Session, name_or_id: str) -> NodeView:
     return _views(session, [found])[0]
 
 
-def remove(sessions: Sessions, redis: Redis, node_id: uuid.UUID) -> None:
+def remove(sessions: Sessions, redis: Redis, actor: Actor, node_id: uuid.UUID) -> None:
     """Shut a node out: its logins end and its connections with them. Its attempts are found lost as after a crash.
 
     Raises:
@@ -254,6 +267,10 @@ def remove(sessions: Sessions, redis: Redis, node_id: uuid.UUID) -> None:
     with transaction(sessions) as session:
         asked = {"id": node_id, "silent": SILENT_AFTER_S}
         answer = session.scalar(text("SELECT remove_node(:id, :silent)"), asked)
+        if answer == "removed":
+            node = session.get_one(Node, node_id)
+            before = {"id": ids.encode(ids.NODE, node_id), "labels": node.labels}
+            audit.record(session, actor, "node.remove", node.name, before=before)
     if answer == "absent":
         raise NotFound("No such node.", param="node", fix="`tunery nodes` lists them.")
     if answer == "alive":
@@ -294,8 +311,16 @@ def _views(session: Session, nodes: Sequence[Node]) -> list[NodeView]:
     devices: dict[uuid.UUID, list[Gpu]] = {node_id: [] for node_id in wanted}
     for gpu in session.scalars(select(Gpu).where(Gpu.node_id.in_(wanted)).order_by(Gpu.index)):
         devices[gpu.node_id].append(gpu)
+    load = {row.node_id: row for row in session.execute(text("SELECT * FROM node_load()"))}
     return [
-        NodeView(node, node.id in joined, node.state != "down" and node.id not in loud, devices[node.id])
+        NodeView(
+            node,
+            joined=node.id in joined,
+            silent=node.state != "down" and node.id not in loud,
+            devices=devices[node.id],
+            attempts=load[node.id].attempts if node.id in load else 0,
+            tasks=load[node.id].tasks if node.id in load else 0,
+        )
         for node in nodes
     ]
 

@@ -9,7 +9,7 @@ from sqlalchemy import case, cast, func, select, update
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session
 
-from tunery import wake
+from tunery import gpu_classes, wake
 from tunery.models import Allocation, Attempt, Engine, Gpu, Node, Slot
 from tunery.states import LIVE_ATTEMPT, AttemptState
 
@@ -44,14 +44,23 @@ def register(
     task_slots: int,
     version: str,
     info: dict[str, Any],
+    labels: Mapping[str, str] | None = None,
 ) -> None:
-    """Write down what this node is, at every start of its process. A device that is gone becomes `absent`."""
-    node = {"name": name, "boot_id": boot_id, "task_slots": task_slots, "version": version, "info": info}
+    """Write down what this node is, at every start of its process. A device that is gone becomes `absent`.
+
+    `labels` are the node's own; those that an operator gave it stay, and win.
+    """
+    own = dict(labels or {})
+    node = {"name": name, "boot_id": boot_id, "task_slots": task_slots, "version": version}
+    node |= {"info": info | {"labels": own}, "labels": own}
     fresh = insert(Node).values(id=node_id, state="up", **node)
     # a cordoned node stays cordoned through a restart; only one that went down comes up
     state = case((Node.state == "down", "up"), else_=Node.state)
-    renewed = node | {"last_seen_at": func.now(), "state": state}
+    both = func.jsonb_strip_nulls(cast(own, JSONB).op("||")(Node.operator_labels))
+    renewed = node | {"last_seen_at": func.now(), "state": state, "labels": both}
     session.execute(fresh.on_conflict_do_update(index_elements=["id"], set_=renewed))
+    for name in sorted({gpu_classes.class_of(one.kind, one.name, one.total_bytes) for one in devices}):
+        gpu_classes.known(session, name)
     known = {gpu.uuid: gpu for gpu in session.scalars(select(Gpu).where(Gpu.node_id == node_id).with_for_update())}
     for device in devices:
         gpu = known.pop(device.uuid, None)
@@ -59,6 +68,7 @@ def register(
             session.add(gpu := Gpu(node_id=node_id, uuid=device.uuid))
         gpu.index, gpu.kind, gpu.name = device.index, device.kind, device.name
         gpu.total_bytes = device.total_bytes
+        gpu.gpu_class = gpu_classes.class_of(device.kind, device.name, device.total_bytes)
         # what is reserved now stays within bounds even if less memory is free than at the last start
         gpu.usable_bytes = max(device.usable_bytes, gpu.reserved_bytes or 0)
         gpu.state = "healthy"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 import structlog
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -14,6 +14,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from tunery import labels
 from tunery.telemetry import hide_secrets
 
 MIB = 1024 * 1024
@@ -172,6 +173,8 @@ class NodeSettings(DatabaseSettings, StorageSettings, Clocks, OpsSettings):
     model_store: Path | None = None
     """Base models on local disk, shared by this node's attempts; default `<home>/models`."""
     node_name: str = "local"
+    node_labels: str = ""
+    """`rack=b,interconnect=nvlink`: what jobs may ask for. An operator's labels win over these."""
     min_free_disk_bytes: int = Field(default=1024 * MIB, ge=0)
     """With less room on the disk of `home` or `model_store` a node gets no new work; what runs goes on."""
     cpu_task_slots: int = Field(default=2, ge=1)
@@ -198,3 +201,9 @@ class NodeSettings(DatabaseSettings, StorageSettings, Clocks, OpsSettings):
     """More paths that trainers may read, separated by colons."""
     trainer_hidden: str = ""
     """Paths that no trainer program may see, separated by colons. The node's home is one anyway."""
+
+    @field_validator("node_labels")
+    @classmethod
+    def _are_labels(cls, given: str) -> str:
+        labels.parse(given)
+        return given

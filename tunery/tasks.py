@@ -9,7 +9,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from tunery import outbox
-from tunery.models import Task
+from tunery.models import Node, Task
 from tunery.models.fleet import fence_seq
 
 CHECK_DATA = "check_data"
@@ -51,8 +51,10 @@ def enqueue(
 
 
 def claim(session: Session, node_id: uuid.UUID, lease_s: float) -> Lease | None:
-    """Take the oldest task that waits, or None."""
-    waiting = select(Task).where(Task.state == "queued", Task.not_before <= func.now()).order_by(Task.id).limit(1)
+    """Take the oldest task that waits, or None. A node that is to be empty takes none."""
+    draining = select(Node.id).where(Node.id == node_id, Node.state == "draining").exists()
+    ready = (Task.state == "queued", Task.not_before <= func.now(), ~draining)
+    waiting = select(Task).where(*ready).order_by(Task.id).limit(1)
     task = session.scalar(waiting.with_for_update(skip_locked=True))
     if task is None:
         return None

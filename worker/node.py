@@ -21,7 +21,7 @@ import structlog
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from tunery import __version__, leases, nodes, readiness, tasks
+from tunery import __version__, labels, leases, nodes, readiness, tasks
 from tunery.db import Sessions, transaction
 from tunery.nodes import Assigned
 from tunery.settings import NodeSettings
@@ -272,6 +272,7 @@ class Node:
             task_slots=self._settings.cpu_task_slots,
             version=__version__,
             info={"host": socket.gethostname(), **self._isolation, **self._room()},
+            labels=labels.parse(self._settings.node_labels),
         )
 
     # ---- what readiness asks --------------------------------------------------------------------------------

@@ -15,12 +15,13 @@ from api.schemas.nodes import (
     JoinIn,
     JoinTokenIn,
     JoinTokenOut,
+    NodeIn,
     NodeOut,
     admission_out,
     join_token_out,
     node_out,
 )
-from tunery import __version__, ids, membership
+from tunery import __version__, ids, maintenance, membership
 from tunery.db import transaction
 
 log = structlog.get_logger(__name__)
@@ -41,7 +42,7 @@ RedisDep = Annotated[Redis, Depends(get_redis)]
 def create_join_token(body: JoinTokenIn, tenant: TenantDep, session: SessionDep, settings: SettingsDep) -> JoinTokenOut:
     """A token that admits one node, once, until it expires. `tunery node join` takes it."""
     pepper = settings.key_pepper.get_secret_value()
-    token, plain = membership.make_token(session, tenant.identity.key_id, pepper, body.expires_in)
+    token, plain = membership.make_token(session, tenant.actor, pepper, body.expires_in)
     return join_token_out(token, plain)
 
 
@@ -79,12 +80,40 @@ def retrieve_node(node: str, session: SessionDep) -> NodeOut:
     return node_out(membership.get(session, node))
 
 
+@router.patch("/v1/nodes/{node}", dependencies=ADMIN, responses=problems(400, 404, 409))
+def change_node(node: str, body: NodeIn, tenant: TenantDep, session: SessionDep) -> NodeOut:
+    """Label it: your values win over the node's own, and `null` takes a label away."""
+    maintenance.relabel(session, tenant.actor, membership.get(session, node).node.id, body.labels)
+    return node_out(membership.get(session, node))
+
+
+@router.post("/v1/nodes/{node}/cordon", dependencies=ADMIN, responses=problems(404, 409))
+def cordon_node(node: str, tenant: TenantDep, session: SessionDep) -> NodeOut:
+    """Assign nothing more to it. What runs there goes on."""
+    maintenance.cordon(session, tenant.actor, membership.get(session, node).node.id)
+    return node_out(membership.get(session, node))
+
+
+@router.post("/v1/nodes/{node}/drain", dependencies=ADMIN, responses=problems(404, 409))
+def drain_node(node: str, tenant: TenantDep, session: SessionDep) -> NodeOut:
+    """Empty it: each attempt there saves a checkpoint and goes on elsewhere. `drained` when none is left."""
+    maintenance.drain(session, tenant.actor, membership.get(session, node).node.id)
+    return node_out(membership.get(session, node))
+
+
+@router.post("/v1/nodes/{node}/uncordon", dependencies=ADMIN, responses=problems(404, 409))
+def uncordon_node(node: str, tenant: TenantDep, session: SessionDep) -> NodeOut:
+    """It takes work again."""
+    maintenance.uncordon(session, tenant.actor, membership.get(session, node).node.id)
+    return node_out(membership.get(session, node))
+
+
 @router.delete("/v1/nodes/{node}", dependencies=ADMIN, responses=problems(404, 409))
 def remove_node(node: str, tenant: TenantDep, redis: RedisDep) -> Deleted:
     """Shut a node out at once: its logins end. What it was running is found lost, and resumes elsewhere."""
     with tenant.transaction() as session:
         found = membership.get(session, node).node
-    membership.remove(tenant.sessions, redis, found.id)
+    membership.remove(tenant.sessions, redis, tenant.actor, found.id)
     log.info("node removed", node=str(found.id), name=found.name, key=str(tenant.identity.key_id))
     return Deleted(id=ids.encode(ids.NODE, found.id), object="tunery.node")
 

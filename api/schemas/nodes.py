@@ -53,10 +53,16 @@ class AdmissionOut(Out):
     environment: dict[str, str]
 
 
+class NodeIn(In):
+    labels: Annotated[dict[str, str | None], Field(min_length=1, max_length=64)]
+    """Those to set; `null` takes one away. Others stay as they are."""
+
+
 class DeviceOut(Out):
     index: int
     kind: Literal["cuda", "cpu"]
     name: str
+    gpu_class: str
     state: str
     total_bytes: int
     usable_bytes: int
@@ -67,8 +73,14 @@ class NodeOut(Out):
     id: str
     object: Literal["tunery.node"] = "tunery.node"
     name: str
-    state: Literal["up", "cordoned", "draining", "down", "silent"]
-    """`silent`: it should be there, and has said nothing for 45 seconds."""
+    state: Literal["up", "cordoned", "draining", "drained", "down", "silent"]
+    """`silent`: it should be there, and has said nothing for 45 seconds. `drained`: nothing is left on it."""
+    labels: dict[str, str]
+    """Its own, with an operator's over them; jobs may ask for some."""
+    attempts: int
+    """That run there, of all projects."""
+    tasks: int
+    """Data checks and imports that run there."""
     joined: bool
     """It has logins of its own; otherwise it shares the deployment's."""
     version: str
@@ -106,6 +118,7 @@ def node_out(view: NodeView) -> NodeOut:
             index=gpu.index,
             kind=gpu.kind,  # type: ignore[arg-type]
             name=gpu.name,
+            gpu_class=gpu.gpu_class,
             state=gpu.state,
             total_bytes=gpu.total_bytes,
             usable_bytes=gpu.usable_bytes,
@@ -117,7 +130,10 @@ def node_out(view: NodeView) -> NodeOut:
     return NodeOut(
         id=ids.encode(ids.NODE, node.id),
         name=node.name,
-        state="silent" if view.silent else node.state,  # type: ignore[arg-type]
+        state=view.state,  # type: ignore[arg-type]
+        labels=node.labels,
+        attempts=view.attempts,
+        tasks=view.tasks,
         joined=view.joined,
         version=node.version,
         task_slots=node.task_slots,

@@ -14,12 +14,13 @@ from tunery.cli.show import ago, date, fields, listing, size
 from tunery.cli.terminal import data, done, json_out, say
 
 if TYPE_CHECKING:
+    from tunery.client import Client
     from tunery.client.shapes import Node
 
-app = group("The machines of a deployment: token, join, start, stop, list, show, remove.")
+app = group("The machines of a deployment: join them, look at them, take them out of service, remove them.")
 NodeRef = Annotated[str, typer.Argument(metavar="NODE", help="A node's name or id.")]
 Detach = Annotated[bool, typer.Option("-d", "--detach", help="Leave it in the background; else Ctrl-C stops it.")]
-_APART = ("layers", "disk_free_bytes", "disk_full")
+_APART = ("layers", "disk_free_bytes", "disk_full", "labels")
 """Of what a node says of itself, what is shown in words of its own."""
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -84,7 +85,7 @@ def stop() -> None:
 def list_nodes(limit: Limit = 20, everything: All = False, as_json: Json = False, quiet: Quiet = False) -> None:
     """List the machines of the deployment."""
     rows = take(config.client().nodes(), limit, everything)
-    headers = ("NAME", "STATE", "DEVICES", "HEARD", "ISOLATED", "LOGIN", "VERSION")
+    headers = ("NAME", "STATE", "DEVICES", "JOBS", "LABELS", "HEARD", "ISOLATED", "LOGIN", "VERSION")
     empty = "no nodes\n  this machine: tunery up;  another one: tunery node token"
     listing(rows, headers, _row, empty, as_json=as_json, quiet=quiet)
 
@@ -95,6 +96,8 @@ def _row(node: "Node") -> tuple[object, ...]:
         node.get("name"),
         node.get("state"),
         _devices(node),
+        node.get("attempts"),
+        _labels(node),
         "never" if never else ago(node.get("last_seen_at")),
         _word((node.get("info") or {}).get("trainer_isolated")),
         "own" if node.get("joined") else "shared",
@@ -115,6 +118,8 @@ def show(node: NodeRef, as_json: Json = False) -> None:
             ("name", found.get("name")),
             ("id", found["id"]),
             ("state", found.get("state")),
+            ("labels", _labels(found)),
+            ("jobs", found.get("attempts")),
             ("version", found.get("version")),
             ("login", "its own" if found.get("joined") else "shared with other nodes"),
             ("heard", ago(found.get("last_seen_at"))),
@@ -126,6 +131,105 @@ def show(node: NodeRef, as_json: Json = False) -> None:
             *[(f"wall: {layer.get('name')}", _layer(layer)) for layer in info.get("layers") or []],
         ]
     )
+
+
+@app.command("cordon")
+def cordon(node: NodeRef, as_json: Json = False) -> None:
+    """Assign nothing more to a machine; what runs there goes on."""
+    found = config.client().cordon_node(node)
+    left = found.get("attempts", 0)
+    _told(
+        found, f"{found.get('name')} takes no new jobs; {_jobs(left)} there {'goes' if left == 1 else 'go'} on", as_json
+    )
+
+
+@app.command("drain")
+def drain(
+    node: NodeRef,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until nothing is left there; Ctrl-C leaves it draining.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Empty a machine: its jobs save a checkpoint and go on elsewhere.
+
+    They return to their places in the queue, and nothing that was saved is lost. `tunery node return` undoes it.
+    """
+    api = config.client()
+    found = api.drain_node(node)
+    if wait:
+        found = _emptied(api, found)
+    if found.get("state") == "drained":
+        text = f"{found.get('name')} is drained: nothing is left on it, it may be switched off"
+    else:
+        text = f"{found.get('name')} is draining: {_jobs(found.get('attempts', 0))} to save and to go on elsewhere"
+    _told(found, text, as_json)
+
+
+def _emptied(api: "Client", node: "Node") -> "Node":
+    import time
+
+    left: int | None = None
+    while node.get("state") != "drained":
+        if node.get("state") not in ("draining", "silent"):
+            raise Failure(
+                f"{node.get('name')} is not draining any more",
+                why=f"it is {node.get('state')}: somebody has changed that meanwhile",
+                fix=f"tunery node drain {node.get('name')} --wait",
+                code="node_not_draining",
+                exit_code=Exit.OTHER,
+            )
+        if (now := node.get("attempts", 0)) != left:
+            left = now
+            say(f"{_jobs(left)} left" if left else "tasks are ending")
+        time.sleep(0.5)
+        node = api.node(node["id"])
+    return node
+
+
+@app.command("return")
+def take_back(node: NodeRef, as_json: Json = False) -> None:
+    """Give a cordoned or drained machine work again."""
+    found = config.client().uncordon_node(node)
+    state = found.get("state")
+    later = "" if state == "up" else f" once its process runs (it is {state})"
+    _told(found, f"{found.get('name')} takes jobs{later}", as_json)
+
+
+@app.command("label")
+def label(
+    node: NodeRef,
+    changes: Annotated[
+        list[str], typer.Argument(metavar="NAME=VALUE|NAME-", help="rack=b sets one, rack- removes it.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Set or remove labels that jobs may ask for. They win over those that the machine gives itself."""
+    wanted: dict[str, str | None] = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals and not change.endswith("-"):
+            raise Failure(
+                f"{change!r} changes no label",
+                why="it is neither NAME=VALUE nor NAME-",
+                fix=f"tunery node label {node} rack=b old-",
+                code="invalid_label",
+                exit_code=Exit.USAGE,
+            )
+        wanted[name if equals else change[:-1]] = value if equals else None
+    found = config.client().label_node(node, wanted)
+    _told(found, f"{found.get('name')}: {_labels(found) or 'no labels'}", as_json)
+
+
+def _told(node: "Node", text: str, as_json: bool) -> None:
+    if as_json:
+        json_out(node)
+    else:
+        done(text)
+
+
+def _jobs(count: int) -> str:
+    return "1 job" if count == 1 else f"{count} jobs"
 
 
 @app.command("remove")
@@ -177,6 +281,10 @@ def _seconds(text: str) -> int:
     return seconds
 
 
+def _labels(node: "Node") -> str | None:
+    return " ".join(f"{key}={value}" for key, value in (node.get("labels") or {}).items()) or None
+
+
 def _devices(node: "Node") -> str | None:
     names = [str(one.get("name")) for one in node.get("devices") or []]
     counted = [f"{names.count(name)} x {name}" if names.count(name) > 1 else name for name in dict.fromkeys(names)]
@@ -185,7 +293,8 @@ def _devices(node: "Node") -> str | None:
 
 def _device(device: Any) -> str:
     free = (device.get("usable_bytes") or 0) - (device.get("reserved_bytes") or 0)
-    return f"{device.get('name')}  {size(free)} free of {size(device.get('total_bytes'))}  {device.get('state')}"
+    room = f"{size(free)} free of {size(device.get('total_bytes'))}"
+    return f"{device.get('name')}  {device.get('gpu_class')}  {room}  {device.get('state')}"
 
 
 def _layer(layer: Any) -> str:

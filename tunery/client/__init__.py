@@ -193,6 +193,19 @@ class Client:
     def node(self, name_or_id: str) -> Node:
         return cast("Node", self._get(f"/nodes/{_segment(name_or_id)}"))
 
+    def cordon_node(self, name_or_id: str) -> Node:
+        return cast("Node", self._http.call("POST", f"/nodes/{_segment(name_or_id)}/cordon"))
+
+    def drain_node(self, name_or_id: str) -> Node:
+        return cast("Node", self._http.call("POST", f"/nodes/{_segment(name_or_id)}/drain"))
+
+    def uncordon_node(self, name_or_id: str) -> Node:
+        return cast("Node", self._http.call("POST", f"/nodes/{_segment(name_or_id)}/uncordon"))
+
+    def label_node(self, name_or_id: str, labels: Mapping[str, str | None]) -> Node:
+        body = {"labels": dict(labels)}
+        return cast("Node", self._http.call("PATCH", f"/nodes/{_segment(name_or_id)}", json=body))
+
     def remove_node(self, name_or_id: str) -> dict[str, Any]:
         return self._http.call("DELETE", f"/nodes/{_segment(name_or_id)}")
 

@@ -214,6 +214,7 @@ class Device(TypedDict, total=False):
     index: int
     kind: str
     name: str
+    gpu_class: str
     state: str
     total_bytes: int
     usable_bytes: int
@@ -225,6 +226,9 @@ class Node(TypedDict, total=False):
     object: str
     name: str
     state: str
+    labels: dict[str, str]
+    attempts: int
+    tasks: int
     joined: bool
     version: str
     task_slots: int

@@ -32,7 +32,7 @@ from tunery.models.registry import (
     MetricChunk,
     MetricSeries,
 )
-from tunery.models.tenancy import ApiKey, Dataset, File, Job, Member, Organization, Project
+from tunery.models.tenancy import ApiKey, AuditEntry, Dataset, File, Job, Member, Organization, Project
 
 __all__ = [
     "RESUMABLE",
@@ -42,6 +42,7 @@ __all__ = [
     "ApiKey",
     "Attempt",
     "AttemptNode",
+    "AuditEntry",
     "BaseModel",
     "Budget",
     "BudgetAlert",

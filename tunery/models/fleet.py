@@ -49,7 +49,9 @@ class Node(Base):
     version: Mapped[str]
     info: Mapped[Json]
     labels: Mapped[dict[str, str]] = mapped_column(JSONB, default=dict, server_default="{}")
-    """What jobs may ask for: `rack=b`, `interconnect=nvlink`."""
+    """What jobs may ask for, `rack=b`: the node's own (`info`), with the operator's over them."""
+    operator_labels: Mapped[dict[str, str | None]] = mapped_column(JSONB, default=dict, server_default="{}")
+    """None takes one of the node's own away."""
     registered_at: Mapped[Created]
     last_seen_at: Mapped[Moment] = mapped_column(server_default=text("now()"))
     removed_at: Mapped[Moment | None]
@@ -175,6 +177,7 @@ class Attempt(Base):
         Index("ix_attempts_node_live", "node_id", "state", postgresql_where=text(f"state IN ({_LIVE_SQL})")),
         Index("ix_attempts_job", "job_id", "no"),
         Index("ix_attempts_preempted", "preempted_at", postgresql_where=text("preempted_at IS NOT NULL")),
+        Index("ix_attempts_succeeded", "ended_at", postgresql_where=text("state = 'succeeded'")),
     )
 
     id: Mapped[Id]

@@ -123,6 +123,26 @@ class ApiKey(Base):
     last_used_at: Mapped[Moment | None]
 
 
+class AuditEntry(Base):
+    """What an admin changed. Programs may add rows and read them; an entry outlives whatever it is about."""
+
+    __tablename__ = "audit_log"
+
+    id: Mapped[Id]
+    at: Mapped[Created]
+    key_id: Mapped[uuid.UUID]
+    key_name: Mapped[str]
+    """As it was then; the key of another project cannot be looked up later."""
+    key_project_id: Mapped[uuid.UUID]
+    action: Mapped[str]
+    """`node.drain`, `project.share`, ..."""
+    target: Mapped[str]
+    """Id or name of what was changed."""
+    before: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    after: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    request_id: Mapped[str | None]
+
+
 class File(Base):
     """Bytes as uploaded. A row exists only once its object is complete."""
 
