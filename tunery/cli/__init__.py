@@ -8,14 +8,28 @@ import typer
 from typer.core import TyperGroup
 
 from tunery import __version__
-from tunery.cli import account, adapters, config, files, job_create, job_follow, jobs, models, nodes, terminal
+from tunery.cli import (
+    account,
+    adapters,
+    config,
+    files,
+    gpus,
+    job_create,
+    job_follow,
+    jobs,
+    models,
+    nodes,
+    projects,
+    terminal,
+)
 from tunery.cli.failures import explained
 
 _SECTIONS = {
     "A server on this machine": ("up", "down", "status", "doctor", "logs", "db"),
     "Account": ("login", "logout", "whoami"),
     "Fine-tuning": ("models", "files", "jobs", "adapters"),
-    "Machines": ("nodes", "node"),
+    "Machines": ("nodes", "node", "gpus"),
+    "Who gets what": ("project", "org", "audit"),
 }
 _JOBS = ("create", "watch", "wait", "list", "show", "logs", "events", "checkpoints", "priority", "cancel", "delete")
 _ANYWHERE = ("--api-url", "--profile")
@@ -123,6 +137,8 @@ app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
 nodes.register(app)
+app.add_typer(gpus.app, name="gpus")
+projects.register(app)
 job_create.register(jobs.app)
 job_follow.register(jobs.app)
 jobs.app.registered_commands.sort(key=lambda command: _JOBS.index(command.name or ""))

@@ -14,6 +14,17 @@ STATE_COLOUR = {
     "succeeded": "green",
     "ready": "green",
     "processed": "green",
+    "up": "green",
+    "free": "green",
+    "busy": "cyan",
+    "drained": "bright_black",
+    "cordoned": "yellow",
+    "draining": "yellow",
+    "unavailable": "bright_black",
+    "dirty": "yellow",
+    "unhealthy": "red",
+    "silent": "red",
+    "down": "bright_black",
     "failed": "red",
     "error": "red",
     "queued": "yellow",
@@ -120,6 +131,14 @@ def size(count: float | None) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def money(amount: float | None) -> str | None:
+    """Two digits at least, four at most; the currency is the reader's own."""
+    if amount is None:
+        return None
+    whole, _, rest = f"{amount:.4f}".partition(".")
+    return f"{whole}.{rest[:2]}{rest[2:].rstrip('0')}"
 
 
 def parameters(count: int | None) -> str:

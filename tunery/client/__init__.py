@@ -22,17 +22,23 @@ from tunery.client.errors import (
 from tunery.client.shapes import (
     Adapter,
     Admission,
+    AuditEntry,
     BaseModel,
     Checkpoint,
     Event,
     File,
     FileEntry,
+    Gpu,
+    GpuClass,
     Identity,
     Job,
     JoinToken,
     LogChunk,
     Model,
     Node,
+    Organization,
+    Project,
+    ProjectName,
 )
 from tunery.client.transport import OnBytes, OnRetry, Params, Transport
 
@@ -208,6 +214,46 @@ class Client:
 
     def remove_node(self, name_or_id: str) -> dict[str, Any]:
         return self._http.call("DELETE", f"/nodes/{_segment(name_or_id)}")
+
+    # GPUs, shares, the audit log
+
+    def gpus(self, *, page_size: int = 500) -> Iterator[Gpu]:
+        return cast("Iterator[Gpu]", self._pages("/gpus", page_size))
+
+    def gpu_classes(self) -> list[GpuClass]:
+        """By name. Never paged."""
+        return self._get("/gpu_classes").get("data", [])
+
+    def gpu_class(self, name: str) -> GpuClass:
+        return cast("GpuClass", self._get(f"/gpu_classes/{_segment(name)}"))
+
+    def set_gpu_class(self, name: str, changes: Mapping[str, Any]) -> GpuClass:
+        return cast("GpuClass", self._http.call("PUT", f"/gpu_classes/{_segment(name)}", json=dict(changes)))
+
+    def projects(self) -> list[ProjectName]:
+        """Of the whole deployment. Never paged."""
+        return self._get("/projects").get("data", [])
+
+    def project(self, name_or_id: str) -> Project:
+        return cast("Project", self._get(f"/projects/{_segment(name_or_id)}"))
+
+    def set_project(self, name_or_id: str, changes: Mapping[str, Any]) -> Project:
+        return cast("Project", self._http.call("PATCH", f"/projects/{_segment(name_or_id)}", json=dict(changes)))
+
+    def organization(self, name_or_id: str | None = None) -> Organization:
+        """The key's own unless another is named."""
+        path = f"/organizations/{_segment(name_or_id)}" if name_or_id else "/organization"
+        return cast("Organization", self._get(path))
+
+    def set_organization(self, name_or_id: str, changes: Mapping[str, Any]) -> Organization:
+        path = f"/organizations/{_segment(name_or_id)}"
+        return cast("Organization", self._http.call("PATCH", path, json=dict(changes)))
+
+    def audit(self, *, target: str | None = None, page_size: int = 100) -> Iterator[AuditEntry]:
+        """Newest first."""
+        return cast("Iterator[AuditEntry]", self._pages("/audit", page_size, {"target": target}))
+
+    # Joining
 
     def create_join_token(self, *, expires_in: int) -> JoinToken:
         return cast("JoinToken", self._http.call("POST", "/nodes/tokens", json={"expires_in": expires_in}))

@@ -238,6 +238,76 @@ class Node(TypedDict, total=False):
     info: dict[str, Any]
 
 
+class Gpu(TypedDict, total=False):
+    id: Required[str]
+    object: str
+    node: str
+    index: int
+    kind: str
+    name: str
+    gpu_class: str
+    state: str
+    busy: bool
+    total_bytes: int
+    usable_bytes: int
+    reserved_bytes: int
+    attempts: int
+    jobs: list[str]
+
+
+class GpuClass(TypedDict, total=False):
+    id: Required[str]
+    object: str
+    cost: float
+    price_per_hour: float | None
+    devices: int
+
+
+class ProjectName(TypedDict, total=False):
+    id: Required[str]
+    object: str
+    name: str
+    organization: Named
+    status: str
+    guarantee: float
+
+
+class Project(TypedDict, total=False):
+    id: Required[str]
+    object: str
+    name: str
+    organization: Named
+    status: str
+    weight: float
+    guarantee: float
+    cap: float | None
+    max_running_jobs: int | None
+    blocked: str | None
+    cluster: dict[str, float]
+
+
+class Organization(TypedDict, total=False):
+    id: Required[str]
+    object: str
+    name: str
+    weight: float
+    guarantee: float
+    cap: float | None
+
+
+class AuditEntry(TypedDict, total=False):
+    id: Required[str]
+    object: str
+    created_at: int
+    action: str
+    target: str
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+    key: Named
+    project_id: str
+    request_id: str | None
+
+
 class JoinToken(TypedDict, total=False):
     id: Required[str]
     token: Required[str]
