@@ -158,7 +158,9 @@ def _entry(one: "AuditEntry") -> tuple[object, ...]:
 
 
 def _value(value: Any) -> str:
-    return value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False)
+    if value is None or isinstance(value, str):
+        return value or "none"
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
 def _own(kind: str) -> str:
