@@ -362,12 +362,14 @@ def test_waiting_can_be_limited(run: Run, server: Server) -> None:
 def test_ctrl_c_detaches_and_the_job_goes_on(environment: dict[str, str], server: Server, tmp_path: Path) -> None:
     server.jobs = [job(state="running", progress=progress(4))]
     words = [sys.executable, "-m", "tunery.cli", "jobs", "watch", JOB_ID]
-    process = subprocess.Popen(words, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 15
+    # a shell starts its background programs with Ctrl-C ignored, and these tests may be one
+    listens = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(words, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True, **listens)
+    deadline = time.monotonic() + 60
     while not server.sent("GET", f"/v1/fine_tuning/jobs/{JOB_ID}/events") and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"the job continues: `tunery jobs cancel {JOB_ID}`" in stderr
     assert "Traceback" not in stderr

@@ -3,6 +3,7 @@
 What a host cannot give is skipped with its reason; the probe of `worker.isolation` decides, as it does for a node.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,10 +23,11 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.servers import servers
+from tunery.contracts.channel import send_line
 from tunery.contracts.events import Checkpoint, Failed
 from worker.isolation import fetching, limits, syscalls, walls
 from worker.isolation.walls import Program, Way
-from worker.supervisor import Supervisor
+from worker.line import Line
 from worker.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
@@ -221,16 +223,21 @@ def test_the_program_that_fetches_models_has_a_network_and_no_secret(tmp_path: P
 
 
 def test_a_trainer_may_only_name_folders_of_its_own(tmp_path: Path) -> None:
-    supervisor: Any = Supervisor.__new__(Supervisor)
-    supervisor._workspace = Workspace(tmp_path / "mine")
+    workspace = Workspace(tmp_path / "mine")
     (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
     (tmp_path / "others").mkdir()
     (tmp_path / "mine" / "link").symlink_to(tmp_path / "others")
-    for path, kept in {"mine/checkpoints": True, "mine": False, "others": False, "mine/../others": False}.items():
-        said = Checkpoint(path=str(tmp_path / path), files=[], step=1, metrics={})
-        assert (supervisor._ours(said) is said) == kept
-    refused = supervisor._ours(Checkpoint(path=str(tmp_path / "mine" / "link"), files=[], step=1, metrics={}))
-    assert isinstance(refused, Failed) and "outside its workspace" in refused.message
+    line = Line(workspace)
+    line.open()
+    line.start()
+    with contextlib.closing(line), socket.socket(socket.AF_UNIX) as trainer:
+        trainer.connect(str(workspace.socket))
+        named = {"mine/checkpoints": True, "mine": False, "others": False, "mine/../others": False, "mine/link": False}
+        for path, kept in named.items():
+            send_line(trainer, Checkpoint(path=str(tmp_path / path), files=[], step=1, metrics={}))
+            heard = line.hear(10)
+            assert isinstance(heard, Checkpoint if kept else Failed), path
+            assert kept or "outside its workspace" in heard.message
 
 
 def test_without_a_namespace_a_filter_takes_its_sockets(tmp_path: Path) -> None:
