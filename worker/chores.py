@@ -18,7 +18,7 @@ import structlog
 from sqlalchemy.exc import DBAPIError, NoResultFound
 from sqlalchemy.orm import Session
 
-from tunery import budgets, catalogue, datasets, failpoints, ids, jobs, leases, tasks
+from tunery import budgets, catalogue, datasets, durations, failpoints, ids, jobs, leases, tasks
 from tunery.datasets import Dataset, Report
 from tunery.db import Sessions, transaction
 from tunery.errors import Unavailable
@@ -130,7 +130,8 @@ class Chores:
             task = tasks.hold(session, lease)
             known = [self._record(session, lease, one) for one in checked]
             recipe = jobs.resolve(session, job, inputs.base, known[0], known[1] if len(known) > 1 else None)
-            budgets.refine(session, job)
+            _, expected_s = durations.expected(session, job)
+            budgets.refine(session, job, expected_s)
             said = [Entry(_describe(name, one, rows)) for name, one, rows in zip(_NAMES, checked, known, strict=False)]
             data = {"kind": "recipe", "recipe": recipe.model_dump(mode="json")}
             leases.enqueue(session, job, [*said, Entry("Hyperparameters resolved", data=data)])

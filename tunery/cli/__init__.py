@@ -21,6 +21,7 @@ from tunery.cli import (
     nodes,
     projects,
     terminal,
+    usage,
 )
 from tunery.cli.failures import explained
 
@@ -29,7 +30,7 @@ _SECTIONS = {
     "Account": ("login", "logout", "whoami"),
     "Fine-tuning": ("models", "files", "jobs", "adapters"),
     "Machines": ("nodes", "node", "gpus"),
-    "Who gets what": ("project", "org", "audit"),
+    "Who gets what": ("usage", "budget", "storage", "project", "org", "audit"),
 }
 _JOBS = ("create", "watch", "wait", "list", "show", "logs", "events", "checkpoints", "priority", "cancel", "delete")
 _ANYWHERE = ("--api-url", "--profile")
@@ -136,6 +137,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
+usage.register(app)
 nodes.register(app)
 app.add_typer(gpus.app, name="gpus")
 projects.register(app)

@@ -13,7 +13,7 @@ from tunery.cli.terminal import data, done, json_out, one_line, say
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from tunery.client.shapes import Attempt, Checkpoint, Job, Progress
+    from tunery.client.shapes import Attempt, Checkpoint, Cost, Job, Progress
 
 app = group("Fine-tuning jobs: create, watch, wait, logs and the rest.")
 
@@ -104,6 +104,7 @@ def _about(job: "Job") -> list[tuple[str, object]]:
         ("created", date(job.get("created_at"))),
         ("finished", date(job.get("finished_at"))),
         ("trained tokens", f"{tokens:,}" if tokens else None),
+        ("cost", _cost(extra.get("cost") or {})),
         ("result", job.get("fine_tuned_model")),
         ("adapter", made),
     ]
@@ -120,6 +121,16 @@ def asked_of(job: "Job") -> str:
     marks = {"shareable": where.get("shareable"), "urgent": when.get("urgent")}
     marks["no pre-emption"] = when.get("preemptible") is False
     return ", ".join([*shown, *(name for name, on in marks.items() if on)])
+
+
+def _cost(cost: "Cost") -> str | None:
+    """What was charged, and what the platform lost and does not charge."""
+    seconds, charged = cost.get("gpu_seconds") or 0, cost.get("charged_gpu_seconds") or 0
+    if not seconds:
+        return None
+    amount = "" if (money := cost.get("amount")) is None else f"{money:,.4f} for "
+    refunded = f", {duration(seconds - charged)} refunded" if seconds - charged >= 1 else ""
+    return f"{amount}{duration(charged)} of GPU time{refunded}{' so far' if cost.get('running') else ''}"
 
 
 def losses(progress: "Progress") -> list[tuple[str, float | str]]:

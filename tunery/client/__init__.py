@@ -95,6 +95,25 @@ class Client:
     def storage_usage(self) -> dict[str, Any]:
         return self._get("/usage/storage")
 
+    def usage(self, month: str | None = None) -> dict[str, Any]:
+        """GPU time of `2026-11`, or of this month."""
+        return self._get("/usage", {"month": month})
+
+    def stream_usage(self, month: str | None, write: Any) -> None:
+        """The same as CSV."""
+        wanted = {"format": "csv"} | ({"month": month} if month else {})
+        self._http.stream(f"/usage?{urllib.parse.urlencode(wanted)}", write)
+
+    def budget(self, project: str | None = None) -> dict[str, Any]:
+        """Of the key's own project, or, with the scope `admin`, of any."""
+        return self._get(f"/projects/{_segment(project)}/budget" if project else "/budget")
+
+    def set_budget(self, project: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        return self._http.call("PUT", f"/projects/{_segment(project)}/budget", json=dict(body))
+
+    def delete_budget(self, project: str) -> dict[str, Any]:
+        return self._http.call("DELETE", f"/projects/{_segment(project)}/budget")
+
     # Files
 
     def upload_file(self, path: Path, *, purpose: str = "fine-tune", on_bytes: OnBytes | None = None) -> File:

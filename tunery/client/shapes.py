@@ -95,6 +95,13 @@ class Scheduling(TypedDict, total=False):
     limit_s: float
 
 
+class Cost(TypedDict, total=False):
+    gpu_seconds: float
+    charged_gpu_seconds: float
+    amount: float | None
+    running: bool
+
+
 class JobExtra(TypedDict, total=False):
     """What a job says beyond OpenAI's fields."""
 
@@ -106,6 +113,7 @@ class JobExtra(TypedDict, total=False):
     resources: Resources
     scheduling: Scheduling
     adapter: JobAdapter | None
+    cost: Cost
 
 
 class Job(TypedDict, total=False):
