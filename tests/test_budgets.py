@@ -15,10 +15,12 @@ from tests import factories
 from tests.factories import Database, FleetNode, Tenant, Work
 from tests.test_ledger import HOUR, Life, claimed, lay, lived, one_moment, price
 from tunery import budgets, ids, leases, ledger, outbox, queue
+from tunery.audit import Actor
 from tunery.budgets import Standing
 from tunery.db import transaction
 from tunery.models import BudgetAlert, Outbox, Project
 from tunery.queue import Deposed
+from tunery.shares import Known
 from tunery.states import StopReason
 
 HOLD_H = 0.5
@@ -26,9 +28,11 @@ HOLD_H = 0.5
 
 
 def give(tenant: Tenant, hours: float | None = None, money: float | None = None) -> None:
+    who = tenant.identity
+    known = Known(who.project_id, who.project, "active", who.organization_id, who.organization, 0)
     with tenant.transaction() as session:
         limits = [None if limit is None else Decimal(str(limit)) for limit in (hours, money)]
-        budgets.put(session, tenant.project_id, *limits)
+        budgets.put(session, Actor(who), known, *limits)
 
 
 def now(tenant: Tenant) -> Standing:
@@ -387,14 +391,19 @@ def test_whoever_operates_sets_a_budget_and_its_project_sees_it(
     assert connect(team).put(path, json=body).status_code == 403
     gone = client.delete(path).json()
     assert (gone["gpu_hours"]["limit"], gone["gpu_hours"]["left"]) == (None, None)
-    assert client.put(path.replace(project_id, "research"), json=body).json()["project_id"] != project_id
+    named = f"{team.identity.organization}:{team.identity.project}"
+    assert client.put(path.replace(project_id, named), json=body).json()["project_id"] == project_id
+    entries = client.get("/v1/audit", params={"target": named}).json()["data"]
+    assert [entry["action"] for entry in entries] == ["project.budget"] * 3
+    assert entries[2]["after"] == body and entries[1]["after"] == {"monthly_gpu_hours": None, "monthly_amount": None}
 
 
 @pytest.mark.parametrize(
     "body", [{}, {"monthly_gpu_hours": None}, {"monthly_gpu_hours": -1}, {"monthly_amount": 1e30}, {"gpu_hours": 1}]
 )
-def test_a_budget_that_is_none_is_refused(client: httpx.Client, body: dict[str, Any]) -> None:
-    assert client.put("/v1/projects/research/budget", json=body).status_code == 400
+def test_a_budget_that_is_none_is_refused(client: httpx.Client, project: Tenant, body: dict[str, Any]) -> None:
+    path = f"/v1/projects/{ids.encode(ids.PROJECT, project.project_id)}/budget"
+    assert client.put(path, json=body).status_code == 400
 
 
 @pytest.mark.parametrize("name", ["nobody", "proj_x", f"proj_{'0' * 26}"])

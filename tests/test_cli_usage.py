@@ -97,7 +97,7 @@ def test_a_month_that_is_none(run: Run, month: str) -> None:
 
 
 def test_a_budget_is_set_shown_and_cleared(run: Run, project: Tenant) -> None:
-    name = project.identity.project
+    name = f"{project.identity.organization}:{project.identity.project}"
     done = run("budget", "set", name, "--gpu-hours", "10")
     assert done.returncode == 0 and "0 %  0 of 10 used, 10 left" in done.stdout
     assert run("budget", "show", name).stdout == run("budget", "show").stdout == done.stdout

@@ -14,9 +14,11 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from tunery import ids, ledger, outbox, wake
+from tunery import audit, ids, ledger, outbox, wake
+from tunery.audit import Actor
 from tunery.errors import QuotaExceeded
 from tunery.models import Attempt, Budget, BudgetAlert, Job, Project, UsageHold
+from tunery.shares import Known
 from tunery.states import AttemptState
 
 THRESHOLDS = (80, 100)
@@ -80,12 +82,16 @@ def standing(session: Session, project_id: uuid.UUID) -> Standing:
     return Standing(month, _limits(session, project_id), used, held, jobs, blocked, alerts)
 
 
-def put(session: Session, project_id: uuid.UUID, gpu_hours: Decimal | None, money: Decimal | None) -> None:
+def put(session: Session, actor: Actor, project: Known, gpu_hours: Decimal | None, money: Decimal | None) -> None:
     """Set a project's budget; both None takes it away. What was blocked is looked at anew within seconds."""
+    before = _limits(session, project.id)
     new = {"monthly_gpu_hours": gpu_hours, "monthly_amount": money, "exhausted_month": None}
-    row = insert(Budget).values(project_id=project_id, **new)
+    row = insert(Budget).values(project_id=project.id, **new)
     session.execute(row.on_conflict_do_update(index_elements=["project_id"], set_=new | {"updated_at": func.now()}))
-    wake.scheduler(session)
+    target = f"{project.organization}:{project.name}"
+    audit.record(
+        session, actor, "project.budget", target, before=_shown(before), after=_shown(_limits(session, project.id))
+    )
 
 
 def hold(session: Session, job: Job) -> None:
@@ -296,6 +302,11 @@ def _limits(session: Session, project_id: uuid.UUID) -> Limits:
     query = select(Budget.monthly_gpu_hours, Budget.monthly_amount).where(Budget.project_id == project_id)
     row = session.execute(query).one_or_none()
     return Limits(_float(row[0]), _float(row[1])) if row else Limits()
+
+
+def _shown(limits: Limits) -> dict[str, float | None]:
+    """As the API names them."""
+    return {"monthly_gpu_hours": limits.gpu_hours, "monthly_amount": limits.money}
 
 
 def _float(value: Decimal | None) -> float | None:

@@ -11,7 +11,7 @@ from datetime import datetime
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from tunery.errors import Forbidden, NotFound, Unauthenticated
+from tunery.errors import Forbidden, Unauthenticated
 from tunery.models import ApiKey, Organization, Project
 
 SCOPES = ("files:read", "files:write", "jobs:read", "jobs:write", "models:read", "adapters:read", "admin")
@@ -54,13 +54,6 @@ def create_project(session: Session, organization_id: uuid.UUID, name: str) -> P
     session.add(project := Project(organization_id=organization_id, name=name))
     session.flush()
     return project
-
-
-def project(session: Session, project_id: uuid.UUID) -> Project:
-    """Raises NotFound."""
-    if (found := session.get(Project, project_id)) is None:
-        raise NotFound("No such project.", param="project", fix="`tunery whoami` shows your own project's id.")
-    return found
 
 
 def create_key(

@@ -1,33 +1,17 @@
 """Budgets: a project sees its own; whoever operates the deployment sets them."""
 
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Annotated
+from decimal import Decimal
 
-import structlog
 from fastapi import APIRouter, Depends
-from sqlalchemy.orm import Session
 
 from api.deps import Scope, SessionDep, Tenant, TenantDep
 from api.documentation import problems
 from api.schemas.budgets import BudgetIn, BudgetOut, budget_out
-from tunery import budgets, db, ids, tenancy
+from tunery import budgets, shares
+from tunery.shares import Known
 
-log = structlog.get_logger(__name__)
 router = APIRouter(prefix="/v1", tags=["Usage"])
 ADMIN = [Depends(Scope("admin"))]
-
-
-def project_id(project: str, tenant: TenantDep) -> uuid.UUID:
-    """From the path: an id, or the name of the key's own project."""
-    if project == tenant.identity.project:
-        return tenant.project_id
-    return ids.decode(ids.PROJECT, project)
-
-
-ProjectId = Annotated[uuid.UUID, Depends(project_id)]
 
 
 @router.get("/budget", dependencies=[Depends(Scope("jobs:read"))])
@@ -36,36 +20,33 @@ def own_budget(tenant: TenantDep, session: SessionDep) -> BudgetOut:
     return budget_out(tenant.project_id, budgets.standing(session, tenant.project_id))
 
 
-@router.get("/projects/{project}/budget", dependencies=ADMIN, responses=problems(404))
-def project_budget(target: ProjectId, tenant: TenantDep) -> BudgetOut:
-    """The same of any project."""
-    with _of(tenant, target) as session:
-        return budget_out(target, budgets.standing(session, target))
+@router.get("/projects/{project}/budget", dependencies=ADMIN, responses=problems(404, 409))
+def project_budget(project: str, tenant: TenantDep) -> BudgetOut:
+    """The same of any project, by id, name or `organization:name`."""
+    known = _find(tenant, project)
+    with tenant.of(known.id).transaction() as session:
+        return budget_out(known.id, budgets.standing(session, known.id))
 
 
-@router.put("/projects/{project}/budget", dependencies=ADMIN, responses=problems(400, 404))
-def set_project_budget(target: ProjectId, body: BudgetIn, tenant: TenantDep) -> BudgetOut:
+@router.put("/projects/{project}/budget", dependencies=ADMIN, responses=problems(400, 404, 409))
+def set_project_budget(project: str, body: BudgetIn, tenant: TenantDep) -> BudgetOut:
     """Set a project's monthly budget. One that had been used up starts its jobs again within seconds, if it now may."""
-    with _of(tenant, target) as session:
-        budgets.put(session, target, body.monthly_gpu_hours, body.monthly_amount)
-        now = budgets.standing(session, target)
-    log.info("budget set", project=ids.encode(ids.PROJECT, target), budget=budgets.words(now.limits))
-    return budget_out(target, now)
+    return _put(tenant, project, body.monthly_gpu_hours, body.monthly_amount)
 
 
-@router.delete("/projects/{project}/budget", dependencies=ADMIN, responses=problems(404))
-def delete_project_budget(target: ProjectId, tenant: TenantDep) -> BudgetOut:
+@router.delete("/projects/{project}/budget", dependencies=ADMIN, responses=problems(404, 409))
+def delete_project_budget(project: str, tenant: TenantDep) -> BudgetOut:
     """Take a project's budget away: it may use what it gets."""
-    with _of(tenant, target) as session:
-        budgets.put(session, target, None, None)
-        now = budgets.standing(session, target)
-    log.info("budget deleted", project=ids.encode(ids.PROJECT, target))
-    return budget_out(target, now)
+    return _put(tenant, project, None, None)
 
 
-@contextmanager
-def _of(tenant: Tenant, target: uuid.UUID) -> Iterator[Session]:
-    """A transaction that sees the project which is meant, and no other. Raises NotFound."""
-    with db.transaction(partial(db.for_project, tenant.sessions, target)) as session:
-        tenancy.project(session, target)
-        yield session
+def _put(tenant: Tenant, project: str, gpu_hours: Decimal | None, amount: Decimal | None) -> BudgetOut:
+    known = _find(tenant, project)
+    with tenant.of(known.id).transaction() as session:
+        budgets.put(session, tenant.actor, known, gpu_hours, amount)
+        return budget_out(known.id, budgets.standing(session, known.id))
+
+
+def _find(tenant: Tenant, project: str) -> Known:
+    with tenant.transaction() as session:
+        return shares.find(session, project)

@@ -16,7 +16,7 @@ _SPLIT = ("loading_seconds", "productive_seconds", "user_fault_seconds", "platfo
 _HEADERS = ("CLASS", "GPU TIME", "LOADING", "PRODUCTIVE", "YOUR FAULT", "REFUNDED", "CHARGED", "AMOUNT")
 
 Month = Annotated[str | None, typer.Option(metavar="YYYY-MM", help="Another month; months are UTC's.")]
-ProjectRef = Annotated[str, typer.Argument(metavar="PROJECT", help="A project's id, or the name of your key's own.")]
+ProjectRef = Annotated[str, typer.Argument(metavar="PROJECT", help="Its id, its name, or organization:name.")]
 
 app = group("Monthly budgets of projects.")
 
