@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import structlog
 from redis.exceptions import RedisError
@@ -35,7 +34,7 @@ from tunery import (
     tasks,
     wake,
 )
-from tunery.contracts.scheduling import Wait
+from tunery.contracts.scheduling import PolicySettings
 from tunery.db import Sessions, transaction
 from tunery.dispatch import Doorbell
 from tunery.errors import ServiceError, Unavailable
@@ -76,6 +75,10 @@ class Scheduler:
         self._holder = holder
         self._budgets = Budgets(sessions, settings.stop_grace_s)
         self._tidy = Tidy(sessions, storage, settings) if storage else None
+        self._policy = PolicySettings(grace_s=settings.stop_grace_s)
+        self._mirror = queue.Mirror()
+        self._mirrored: int | None = None
+        """Epoch in which the mirror was begun: what another leader did in between is not in it."""
         self._epoch: int | None = None
         self._stop = threading.Event()
         self._woken = {name: threading.Event() for name in ("decide", "relay", "drain")}
@@ -182,22 +185,23 @@ class Scheduler:
         """One pass of the policy; returns how many jobs were assigned."""
         if (epoch := self._epoch) is None:
             return 0
-        with transaction(self._sessions) as session:
-            world = queue.snapshot(session, silent_after_s=self._settings.lease_s)
-        if not world.jobs:
-            return 0
-        with metrics.PASS.time():
-            plan = schedule(world)
-            every = plan.reasons(world.jobs)
-            plan = replace(plan, waits=tuple(Wait(job_id, reason) for job_id, reason in every.items()))
-            with transaction(self._sessions) as session:
-                assigned = queue.apply(session, epoch, plan)
-                failpoints.reach("assign.made")
+        if self._mirrored != epoch:
+            self._mirror.forget()
+            self._mirrored = epoch
+        try:
+            with metrics.PASS.time():
+                with transaction(self._sessions) as session:
+                    world = queue.snapshot(session, self._settings.lease_s, self._policy, self._mirror)
+                plan = schedule(world)
+                assigned = queue.apply(self._sessions, epoch, plan, self._mirror, self._settings.stop_grace_s)
+        except BaseException:
+            self._mirrored = None
+            raise
         if assigned:
             log.info("assigned", jobs=len(assigned), waiting=len(world.jobs) - len(assigned))
             with transaction(self._sessions) as session:
-                waits = [census.queue_wait_s(session, attempt_id) for attempt_id in assigned]
-            for waited in filter(None, waits):
+                waits = census.queue_waits_s(session, assigned)
+            for waited in waits:
                 metrics.QUEUE_WAIT.observe(waited)
         return len(assigned)
 
@@ -208,19 +212,27 @@ class Scheduler:
         with transaction(self._sessions) as session:
             messages = outbox.unsent(session)
             everyone = queue.live_nodes(session, self._settings.lease_s) if messages else []
-        for message in messages:
-            if message.topic == outbox.JOB_ENDED:
-                self._doorbell.announce(message.payload["job_id"], message.payload["state"])
-            elif message.topic == outbox.BUDGET_ALERT:
-                self._doorbell.warn(message.payload)
-            else:
-                self._ring(message, everyone)
-            failpoints.reach("relay.rung")
-            with transaction(self._sessions) as session:
-                outbox.mark_sent(session, [message.id])
-                ended = _ended(session, message)
-            if ended is not None:
-                metrics.count(ended)
+        sent: list[Outbox] = []
+        try:
+            for message in messages:
+                if message.topic == outbox.JOB_ENDED:
+                    self._doorbell.announce(message.payload["job_id"], message.payload["state"])
+                elif message.topic == outbox.BUDGET_ALERT:
+                    self._doorbell.warn(message.payload)
+                else:
+                    self._ring(message, everyone)
+                sent.append(message)
+                failpoints.reach("relay.rung")
+        finally:
+            if sent:
+                self._mark(sent)
+
+    def _mark(self, sent: list[Outbox]) -> None:
+        with transaction(self._sessions) as session:
+            outbox.mark_sent(session, [message.id for message in sent])
+            ended = [_ended(session, message) for message in sent]
+        for one in filter(None, ended):
+            metrics.count(one)
 
     def _ring(self, message: Outbox, everyone: list[uuid.UUID]) -> None:
         to = [message.payload["node_id"]] if message.topic == outbox.RING_NODE else everyone
@@ -254,6 +266,7 @@ class Scheduler:
             expired = queue.expired_attempts(session, clocks.lost_grace_s)
             unclaimed = queue.unclaimed_attempts(session, clocks.claim_timeout_s)
             stranded = queue.stranded_attempts(session, clocks.silent_node_s)
+            overdue = queue.overdue_attempts(session)
             late_tasks = tasks.expired(session, clocks.lost_grace_s)
             archived = queue.archived_jobs(session)
             outbox.sweep(session)
@@ -268,10 +281,13 @@ class Scheduler:
         for attempt_id in stranded:
             with self._one(epoch) as session:
                 leases.release(session, attempt_id)
+        for attempt_id in overdue:
+            with self._one(epoch) as session:
+                if leases.time_out(session, attempt_id, clocks.stop_grace_s):
+                    log.info("time limit reached", attempt=str(attempt_id))
         for task_id, job_id in late_tasks:
             with self._one(epoch) as session:
                 self._take_back(session, task_id, job_id)
-
         for project_id, job_id in archived:
             with self._one(epoch) as session:
                 self._end_archived(session, project_id, job_id)

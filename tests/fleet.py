@@ -26,7 +26,7 @@ from sqlalchemy.orm import Session
 
 from tests.chaos.proxy import Proxy
 from tests.servers import database_url, passwords, servers
-from tunery import bootstrap, ids, jobs, tenancy
+from tunery import bootstrap, ids, jobs, tenancy, waiting
 from tunery.db import Sessions, for_project, make_engine, make_sessions, transaction
 from tunery.embedded import ports
 from tunery.embedded.servers import Servers
@@ -287,6 +287,13 @@ class Fleet:
     def attempts(self, job_id: uuid.UUID) -> list[Attempt]:
         with self.look() as session:
             return list(session.scalars(select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.no)))
+
+    def why(self, job_id: uuid.UUID) -> str:
+        """Why it waits, as its project is told; empty while nobody has said."""
+        with self.look() as session:
+            job = jobs.view_of(session.get_one(Job, job_id))
+            reason = waiting.reason_of(jobs.queue_view(session, job.project_id), job)
+        return waiting.message(reason, job) if reason else ""
 
     def step(self, job_id: uuid.UUID) -> int:
         with self.look() as session:

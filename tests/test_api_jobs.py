@@ -10,7 +10,8 @@ from sqlalchemy import event, update
 
 from tests import factories
 from tests.factories import Database, FleetNode, Tenant
-from tunery import ids, leases
+from tunery import ids, leases, queue
+from tunery.contracts.scheduling import Plan, Reason, Wait, WaitCode
 from tunery.db import transaction
 from tunery.models import Attempt, Job
 from tunery.states import FailureCode, JobState
@@ -146,10 +147,14 @@ def test_a_waiting_job_says_why_and_where_it_stands(
     client: httpx.Client, project: Tenant, node: FleetNode, base_model: str, database: Database
 ) -> None:
     first, second = factories.queued(project, node), factories.queued(project, node)
-    with transaction(database.sessions("owner")) as session:
-        session.execute(update(Job).where(Job.id == second.job_id).values(wait_reason="needs 1 GPU; 0 free"))
+    waits = [(first.job_id, Reason(WaitCode.HOLDS)), (second.job_id, Reason(WaitCode.NO_NODE))]
+    with transaction(database.sessions("tunery_scheduler")) as session:
+        epoch = queue.lead(session, "test", ttl_s=60)
+        assert epoch is not None
+        queue.record(session, epoch, Plan(waits=tuple(Wait(*wait) for wait in waits)), queue.Mirror())
     listed = {job["id"]: job["tunery"]["queue"] for job in client.get(JOBS).json()["data"]}
-    assert listed[second.id] == {"reason": "needs 1 GPU; 0 free", "position": 2}
+    reason = "needs 1 x 1.0 GiB; no node is up that has room on its disk"
+    assert listed[second.id] == {"reason": reason, "position": 2}
     assert listed[first.id]["position"] == 1
     factories.assign(first)
     shown = client.get(f"{JOBS}/{first.id}").json()

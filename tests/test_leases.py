@@ -342,7 +342,9 @@ def test_publishing_holds_no_gpu(project: Tenant, node: FleetNode) -> None:
 def test_a_renewal_brings_the_wish_to_stop(project: Tenant, node: FleetNode) -> None:
     work = factories.cancelling(project, node)
     with node.transaction() as session:
-        assert leases.renew(session, work.attempt_id, work.fence, 45) == StopReason.CANCEL
+        asked = leases.renew(session, work.attempt_id, work.fence, 45)
+    assert asked is not None and asked.reason is StopReason.CANCEL
+    assert asked.within_s is not None and 0 < asked.within_s <= leases.CANCEL_GRACE_S
     factories.stop(work)
     assert factories.look(work).state == JobState.CANCELLED and factories.attempt(work).state == "cancelled"
 

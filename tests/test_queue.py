@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from tests import factories
 from tests.factories import GIB, Database, FleetNode, Tenant, Work
 from tunery import queue
-from tunery.contracts.scheduling import Plan, Reason, Start, Wait, WaitCode
+from tunery.contracts.scheduling import Plan, Start
 from tunery.db import Sessions, transaction
 from tunery.models import Attempt, Job, Leader, Node, Outbox
 from tunery.queue import Deposed
@@ -77,18 +77,18 @@ def test_a_deposed_epoch_applies_nothing(
     start = Start(work.job_id, node.id, node.gpu_ids, GIB)
     assert lead(scheduler, "a") == 1
     expire(database)
-    with pytest.raises(Deposed), transaction(scheduler) as session:
-        queue.apply(session, 1, Plan((start,)))  # expired, though nobody has taken over yet
+    with pytest.raises(Deposed):
+        queue.apply(scheduler, 1, Plan((start,)))  # expired, though nobody has taken over yet
     assert lead(scheduler, "b") == 2
     for decide in (
-        lambda session: queue.apply(session, 1, Plan((start,))),
+        lambda session: queue.start(session, 1, start),
+        lambda session: queue.record(session, 1, Plan(), queue.Mirror()),
         lambda session: queue.forgive_outage(session, 1, 10, 45),
     ):
         with pytest.raises(Deposed), transaction(scheduler) as session:
             decide(session)
     assert factories.look(work).fence == 0 and factories.free_bytes(node) == node.usable_bytes
-    with transaction(scheduler) as session:
-        assert len(queue.apply(session, 2, Plan((start,)))) == 1
+    assert len(queue.apply(scheduler, 2, Plan((start,)))) == 1
 
 
 def test_nobody_takes_over_in_the_middle_of_a_decision(scheduler: Sessions, database: Database) -> None:
@@ -112,10 +112,7 @@ def test_a_refused_decision_costs_only_itself(
         Start(second.job_id, node.id, node.gpu_ids, GIB),  # the GPU is taken by now
         Start(third.job_id, roomy.id, roomy.gpu_ids, GIB),
     )
-    wait = Wait(second.job_id, Reason(WaitCode.NO_NODE, (("gpus", 1), ("bytes", GIB))))
-    with transaction(scheduler) as session:
-        assert len(queue.apply(session, 1, Plan(starts, waits=(wait,)))) == 2
-    assert factories.look(second).wait_reason == "needs 1 x 1.0 GiB; no node is up that has room on its disk"
+    assert len(queue.apply(scheduler, 1, Plan(starts))) == 2
     assert factories.look(second).fence == 0 < factories.look(first).fence < factories.look(third).fence
     with factories.owner(database) as session:
         rung = set(session.scalars(select(Outbox.payload["node_id"].astext).where(Outbox.topic == "ring_node")))
@@ -126,8 +123,7 @@ def test_a_job_that_no_longer_waits_is_not_started(scheduler: Sessions, project:
     work = factories.queued(project, node)
     lead(scheduler, "a")
     factories.cancel(work)
-    with transaction(scheduler) as session:
-        assert queue.apply(session, 1, Plan((Start(work.job_id, node.id, node.gpu_ids, GIB),))) == []
+    assert queue.apply(scheduler, 1, Plan((Start(work.job_id, node.id, node.gpu_ids, GIB),))) == []
     assert factories.free_bytes(node) == node.usable_bytes
 
 
@@ -145,7 +141,8 @@ def test_the_snapshot_holds_what_waits_and_what_is_free(
     jobs = [job for job in seen.jobs if job.project_id == project.project_id]
     assert [job.id for job in jobs] == [waiting.job_id] and jobs[0].required_bytes == GIB
     nodes = {view.id: view for view in seen.nodes}
-    assert silent.id not in nodes and nodes[node.id].free_slots == 1
+    assert (nodes[silent.id].schedulable, nodes[silent.id].why_not) == (False, "silent")
+    assert nodes[node.id].schedulable and nodes[node.id].free_slots == 1
     assert nodes[busy.id].free_slots == 1 and nodes[busy.id].gpus[0].free_bytes == 5 * GIB
 
 
@@ -177,8 +174,7 @@ def test_two_live_attempts_of_one_job_cannot_be(
 ) -> None:
     work, other = factories.assigned(project, node), factories.node(database)
     lead(scheduler, "a")
-    with transaction(scheduler) as session:
-        assert queue.apply(session, 1, Plan((Start(work.job_id, other.id, other.gpu_ids, GIB),))) == []
+    assert queue.apply(scheduler, 1, Plan((Start(work.job_id, other.id, other.gpu_ids, GIB),))) == []
     with factories.owner(database) as session:
         query = select(func.count()).select_from(Attempt).where(Attempt.job_id == work.job_id)
         assert session.scalar(query) == 1

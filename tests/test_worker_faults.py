@@ -168,7 +168,7 @@ def test_ticks_go_on_and_the_outage_is_noticed_while_postgres_hangs(
         work,  # type: ignore[arg-type]
         sessions,
         clocks,
-        on_stop=told.append,
+        on_stop=lambda reason, _within_s: told.append(reason),
         on_fenced=lambda: None,
         tick=lambda: ticks.append(time.monotonic()),
         on_late=lambda: None,
@@ -203,7 +203,8 @@ def test_a_node_whose_disk_is_full_gets_no_work_until_there_is_room(
             assert nodes.heartbeat(session, node.id, boot_id, self._room())
         with transaction(node.database.sessions("tunery_scheduler")) as session:
             world = tunery_queue.snapshot(session, silent_after_s=45)
-        assert (node.id in {each.id for each in world.nodes}) == usable
+        seen = next(each for each in world.nodes if each.id == node.id)
+        assert (seen.schedulable, seen.why_not) == (usable, "" if usable else "its disk is full")
     assert queued.job_id in {job.id for job in world.jobs}
 
 

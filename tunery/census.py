@@ -1,6 +1,7 @@
 """Numbers for operators: of all projects together, never of one."""
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sqlalchemy import text
@@ -83,11 +84,10 @@ def ended(session: Session, job_id: uuid.UUID) -> Ended | None:
     return Ended(row.state, row.method, float(row.seconds), row.error_code, fault)
 
 
-def queue_wait_s(session: Session, attempt_id: uuid.UUID) -> float | None:
-    """From submission to this assignment, if it is the job's first."""
+def queue_waits_s(session: Session, attempt_ids: Sequence[uuid.UUID]) -> list[float]:
+    """From submission to assignment, of those that are their jobs' first."""
     query = (
-        "SELECT extract(epoch FROM a.assigned_at - j.queued_at) FROM attempts a JOIN jobs j ON j.id = a.job_id "
-        "WHERE a.id = :id AND a.no = 1"
+        "SELECT extract(epoch FROM a.assigned_at - j.queued_at)::float8 FROM attempts a JOIN jobs j ON j.id = a.job_id "
+        "WHERE a.id = ANY(:ids) AND a.no = 1"
     )
-    waited = session.scalar(text(query), {"id": attempt_id})
-    return None if waited is None else float(waited)
+    return list(session.scalars(text(query), {"ids": list(attempt_ids)}))

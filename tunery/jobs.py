@@ -7,18 +7,23 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from tunery import __version__, adapters, budgets, catalogue, events, files, ids, needs, recipes, tasks, usage, wake
+from tunery.contracts.scheduling import JobView
 from tunery.errors import Conflict, Invalid, NotFound, QuotaExceeded
 from tunery.estimate.places import Ask
 from tunery.events import Entry
-from tunery.models import Attempt, BaseModel, Dataset, File, Job, Node
+from tunery.models import Attempt, BaseModel, Dataset, File, Job, Node, QueueView
 from tunery.recipes import Extension, Hyperparameters
 from tunery.states import TERMINAL, JobState
 from tunery.tenancy import Identity
+
+LEAST_LIMIT_S = 60.0
+"""A job that has used up its time limit, or nearly, still gets so long."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,33 @@ def queue_positions(session: Session, project_id: uuid.UUID) -> dict[uuid.UUID, 
     """This project's own waiting jobs, the first one 1. Other projects' jobs are not counted here."""
     waiting = select(Job.id).where(Job.project_id == project_id, Job.state == JobState.QUEUED)
     return {id: place for place, id in enumerate(session.scalars(waiting.order_by(Job.queued_at, Job.id)), 1)}
+
+
+def queue_view(session: Session, project_id: uuid.UUID) -> dict[str, Any]:
+    """What the scheduler last said of this project's queue; `tunery.waiting` reads it."""
+    told = session.scalar(select(QueueView.reasons).where(QueueView.project_id == project_id))
+    return told or {}
+
+
+def view_of(job: Job) -> JobView:
+    """A job as the scheduler sees it."""
+    return JobView(
+        id=job.id,
+        organization_id=job.organization_id,
+        project_id=job.project_id,
+        queued_at=job.queued_at.timestamp(),
+        gpus=job.gpus,
+        required_bytes=job.required_bytes or 0,
+        priority=job.priority,
+        urgent=job.urgent,
+        limit_s=max(job.limit_s - job.used_s, LEAST_LIMIT_S),
+        gpu_class=job.gpu_class,
+        labels=frozenset(job.node_labels.items()),
+        shareable=job.shareable,
+        preemptible=job.preemptible,
+        engine_key=job.engine_key,
+        engine_bytes=job.engine_bytes or 0,
+    )
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ from tunery.states import (
     after_failure,
 )
 
+CANCEL_GRACE_S = 20
+"""Nothing is saved for a cancelled job: its trainer has little to do before it goes."""
+
 
 class Fenced(Exception):
     """The attempt is no longer this caller's: it was taken away, ended, or never claimed. Stop at once."""
@@ -65,24 +68,35 @@ def claim(session: Session, attempt_id: uuid.UUID, claimed_by: str, lease_s: flo
     held.attempt.claimed_at = func.now()
     held.attempt.lease_expires_at = func.now() + timedelta(seconds=lease_s)
     _move_job(session, held.job, JobState.STARTING)
-    held.job.wait_reason = None
     return held
 
 
-def renew(session: Session, attempt_id: uuid.UUID, fence: int, lease_s: float) -> StopReason | None:
+@dataclass(frozen=True)
+class Asked:
+    """Whoever runs the attempt should stop, and has so many seconds; None is as many as it usually has."""
+
+    reason: StopReason
+    within_s: float | None = None
+
+
+def renew(session: Session, attempt_id: uuid.UUID, fence: int, lease_s: float) -> Asked | None:
     """Keep the lease; the reply says whether the attempt should stop. Raises Fenced."""
     row = session.execute(
         text(
             "UPDATE attempts SET lease_expires_at = now() + make_interval(secs => :ttl), state = CASE "
             "WHEN stop_reason IS NOT NULL AND state IN ('claimed', 'running') THEN 'stopping' ELSE state END "
             "WHERE id = :id AND fence = :fence AND state IN ('claimed', 'running', 'stopping', 'publishing') "
-            "RETURNING stop_reason"
+            "RETURNING stop_reason, extract(epoch FROM stop_by - now())::float8 AS within_s"
         ),
         {"ttl": lease_s, "id": attempt_id, "fence": fence},
     ).first()
     if row is None:
         raise Fenced
-    return StopReason(row.stop_reason) if row.stop_reason else None
+    if row.stop_reason is None:
+        return None
+    # a newer scheduler may know reasons that we do not; all of them ask for a checkpoint
+    reason = StopReason(row.stop_reason) if row.stop_reason in set(StopReason) else StopReason.PREEMPT
+    return Asked(reason, row.within_s)
 
 
 def hold(session: Session, attempt_id: uuid.UUID, fence: int) -> Held:
@@ -133,9 +147,22 @@ def succeed(
 
 def stopped(session: Session, held: Held, reason: StopReason, *, still_holds_gpu: bool = False) -> None:
     """The trainer stopped because it was asked to; what follows depends on what the user wants by now."""
-    state = AttemptState.CANCELLED if held.job.state == JobState.CANCELLING else AttemptState.PREEMPTED
-    _end_attempt(session, held.attempt, state, keep_gpus=still_holds_gpu)
-    _after_stop(session, held.job, f"Attempt {held.attempt.no} stopped ({reason})")
+    job, attempt = held.job, held.attempt
+    late = reason is StopReason.TIME_LIMIT and JobState(job.state) in (JobState.STARTING, JobState.RUNNING)
+    if late and job.time_limit_s is not None:
+        fail(session, held, FailureCode.TIME_LIMIT, _out_of_time(session, job), still_holds_gpu=still_holds_gpu)
+        return
+    state = AttemptState.CANCELLED if job.state == JobState.CANCELLING else AttemptState.PREEMPTED
+    _end_attempt(session, attempt, state, keep_gpus=still_holds_gpu)
+    if late:
+        before, job.limit_s = job.limit_s, job.limit_s * 2
+        limits = f"the default time limit of {spoken(before)}, which is {spoken(job.limit_s)} from now on"
+        told = f"Attempt {attempt.no} stopped: it reached {limits}"
+    elif reason is StopReason.PREEMPT and attempt.preempted_at is not None:
+        told = f"Attempt {attempt.no} stopped for a job that comes first by its project's share"
+    else:
+        told = f"Attempt {attempt.no} stopped ({reason})"
+    _after_stop(session, job, told)
 
 
 def give_back(session: Session, held: Held, reason: str) -> None:
@@ -160,16 +187,20 @@ def fail(
 
     `still_holds_gpu`: nobody has seen the trainer die, so its GPUs wait for the node to say so.
     """
-    _end_attempt(session, held.attempt, state, keep_gpus=still_holds_gpu)
     held.attempt.failure_code, held.attempt.failure_message = code, message
+    held.attempt.fault = POLICY[code].fault
+    _end_attempt(session, held.attempt, state, keep_gpus=still_holds_gpu)
     if code is FailureCode.OUT_OF_MEMORY:
         return _after_out_of_memory(session, held, message, peak_memory_bytes)
     return _after_fault(session, held.job, held.attempt.no, code, message)
 
 
 def release(session: Session, attempt_id: uuid.UUID) -> None:
-    """Free the GPUs and the slot of an attempt, and write its usage. Repeating it changes nothing."""
-    session.execute(text("SELECT release_attempt(:id)"), {"id": attempt_id})
+    """Free the GPUs and the slot of an attempt, and write its usage, split by what is known of its end by now.
+
+    Repeating it changes nothing; after the end of an attempt that was released before, it corrects the split.
+    """
+    session.execute(text("SELECT settle_attempt(:id)"), {"id": attempt_id})
     wake.scheduler(session)
 
 
@@ -194,8 +225,8 @@ def unassign(session: Session, attempt_id: uuid.UUID, why: str = "The assigned n
     held = _lock(session, attempt_id)
     if held is None or held.attempt.state != AttemptState.ASSIGNED:
         return False
+    held.attempt.failure_code, held.attempt.fault = FailureCode.NOT_CLAIMED, Fault.PLATFORM
     _end_attempt(session, held.attempt, AttemptState.LOST)
-    held.attempt.failure_code = FailureCode.NOT_CLAIMED
     events.append(session, held.job, [Entry(f"{why}; the job is assigned again", "warn")])
     return True
 
@@ -218,6 +249,25 @@ def evict(session: Session, attempt_id: uuid.UUID, grace_s: float, why: str) -> 
     return True
 
 
+def time_out(session: Session, attempt_id: uuid.UUID, grace_s: float) -> bool:
+    """The attempt has held its GPUs for as long as it may: it is asked to checkpoint, and is killed `grace_s` later.
+
+    False if that is not so, or it is to stop anyway.
+    """
+    held = _lock(session, attempt_id)
+    if held is None or held.attempt.stop_reason is not None:
+        return False
+    if held.attempt.state not in (AttemptState.CLAIMED, AttemptState.RUNNING):
+        return False
+    over = Attempt.assigned_at + func.make_interval(0, 0, 0, 0, 0, 0, Attempt.limit_s) < func.now()
+    if not session.scalar(select(over).where(Attempt.id == attempt_id)):
+        return False
+    held.attempt.stop_reason = StopReason.TIME_LIMIT
+    held.attempt.stop_by = func.now() + timedelta(seconds=grace_s)
+    outbox.send(session, outbox.RING_NODE, held.job.project_id, _ring(held.attempt))
+    return True
+
+
 def abandon(session: Session, attempt_id: uuid.UUID, code: FailureCode, message: str) -> bool:
     """The node has found an attempt's supervisor dead and ended whatever was left of it."""
     held = _lock(session, attempt_id)
@@ -235,8 +285,9 @@ def interrupt(session: Session, attempt_id: uuid.UUID, message: str) -> bool:
     held = _lock(session, attempt_id)
     if held is None or held.attempt.state not in LIVE_ATTEMPT:
         return False
-    _end_attempt(session, held.attempt, AttemptState.LOST)
     held.attempt.failure_code, held.attempt.failure_message = FailureCode.WORKER_LOST, message
+    held.attempt.fault = Fault.PLATFORM
+    _end_attempt(session, held.attempt, AttemptState.LOST)
     if held.job.state != JobState.QUEUED:
         _after_stop(session, held.job, f"Attempt {held.attempt.no} ended: {message}")
     return True
@@ -272,6 +323,7 @@ def cancel(session: Session, project_id: uuid.UUID, job_id: uuid.UUID) -> Job:
     events.append(session, job, [Entry("The job is being cancelled")])
     if attempt is not None:
         attempt.stop_reason = StopReason.CANCEL
+        attempt.stop_by = func.now() + timedelta(seconds=CANCEL_GRACE_S)
         outbox.send(session, outbox.RING_NODE, job.project_id, _ring(attempt))
     return job
 
@@ -321,7 +373,6 @@ def _move_job(session: Session, job: Job, to: JobState) -> None:
         wake.scheduler(session)
     if to in TERMINAL:
         job.finished_at = func.now()
-        job.wait_reason = None
         outbox.send(session, outbox.JOB_ENDED, job.project_id, {"job_id": ids.encode(ids.JOB, job.id), "state": to})
 
 
@@ -349,7 +400,27 @@ def _after_stop(session: Session, job: Job, message: str) -> None:
         events.append(session, job, [Entry("The job is paused", data={"kind": "state", "state": JobState.PAUSED})])
     else:
         _move_job(session, job, JobState.QUEUED)
-        events.append(session, job, [Entry(f"{message}; the job is back in the queue", "warn")])
+        newest = _newest_step(session, job.id)
+        resumes = f"; it resumes from its checkpoint at step {newest}" if newest else ""
+        told = Entry(
+            f"{message}; the job is back in the queue{resumes}", "warn", data={"kind": "requeued", "from_step": newest}
+        )
+        events.append(session, job, [told])
+
+
+def _out_of_time(session: Session, job: Job) -> str:
+    newest = _newest_step(session, job.id)
+    kept = f"Its checkpoint at step {newest} is kept." if newest else "It had no checkpoint yet."
+    return f"The job reached its time limit of {spoken(job.limit_s)}. {kept}"
+
+
+def spoken(seconds: float) -> str:
+    """A time limit in words: `2 h 30 min`."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _after_fault(session: Session, job: Job, attempt_no: int, code: FailureCode, message: str) -> JobState:

@@ -46,6 +46,8 @@ def ingest(session: Session, attempt_id: uuid.UUID, fence: int, said: Sequence[E
     entries = [entry for event in fresh if (entry := _entry(event)) is not None]
     for event in fresh:
         _note(held, event)
+    if held.attempt.first_step_at is None and any(isinstance(event, Metrics) for event in fresh):
+        held.attempt.first_step_at = func.now()
     _store_points(session, held, [event for event in fresh if isinstance(event, Metrics | Eval)])
     events.append(session, held.job, entries)
     held.attempt.last_event_seq = fresh[-1].seq

@@ -80,6 +80,7 @@ class StopReason(StrEnum):
     CANCEL = "cancel"
     PAUSE = "pause"
     PREEMPT = "preempt"
+    TIME_LIMIT = "time_limit"
     FENCED = "fenced"
     OUTAGE = "outage"
     SHUTDOWN = "shutdown"
@@ -94,6 +95,7 @@ class FailureCode(StrEnum):
     INVALID_TARGETS = "invalid_target_modules"
     NON_FINITE_LOSS = "non_finite_loss"
     OUT_OF_MEMORY = "out_of_memory"
+    TIME_LIMIT = "time_limit"
     DISK_FULL = "disk_full"
     STORAGE_UNAVAILABLE = "storage_unavailable"
     CORRUPT_ARTIFACT = "corrupt_artifact"
@@ -135,6 +137,9 @@ POLICY: dict[FailureCode, Policy] = {
     FailureCode.NON_FINITE_LOSS: Policy(_USER, False, "Lower the learning rate, or look at the rows of that step."),
     FailureCode.OUT_OF_MEMORY: Policy(
         _USER, False, "Lower max_length or per_device_train_batch_size, or ask for a larger GPU."
+    ),
+    FailureCode.TIME_LIMIT: Policy(
+        _USER, False, "Submit the job again with a longer time_limit, or with fewer epochs; its checkpoints are kept."
     ),
     FailureCode.DISK_FULL: Policy(_PLATFORM, True, "Free disk space on the node; the job is tried again."),
     FailureCode.STORAGE_UNAVAILABLE: Policy(_PLATFORM, True, "Bring the object store back; the job is tried again."),

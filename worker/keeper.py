@@ -26,7 +26,7 @@ class Keeper:
         sessions: Sessions,
         settings: NodeSettings,
         *,
-        on_stop: Callable[[StopReason], None],
+        on_stop: Callable[[StopReason, float | None], None],
         on_fenced: Callable[[], None],
         tick: Callable[[], None],
         on_late: Callable[[], None],
@@ -89,10 +89,10 @@ class Keeper:
             log.warning("could not renew; training goes on", error=str(error.orig).strip()[:200])
             return False
         if asked is not None:
-            self._tell(asked)
+            self._tell(asked.reason, asked.within_s)
         return True
 
-    def _tell(self, reason: StopReason) -> None:
+    def _tell(self, reason: StopReason, within_s: float | None = None) -> None:
         if reason != self._told:
             self._told = reason
-            self._on_stop(reason)
+            self._on_stop(reason, within_s)

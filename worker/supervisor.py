@@ -55,7 +55,6 @@ from worker.workspace import Work, Workspace
 
 log = structlog.get_logger(__name__)
 
-_CANCEL_GRACE_S = 20
 _CONNECT_S = 120
 """A trainer connects before it loads anything heavy."""
 
@@ -111,6 +110,8 @@ class Supervisor:
         self._fenced = False
         self._stop: StopReason | None = None
         self._kill_at: float | None = None
+        self._gone_by: dict[StopReason, float] = {}
+        """By when whoever asked wants the trainer gone."""
 
     def run(self) -> None:
         """Everything between the claim and the end of the attempt. Never raises: every path ends somewhere."""
@@ -285,7 +286,10 @@ class Supervisor:
             return  # nothing is more urgent
         self._stop = reason
         cancelled = reason is StopReason.CANCEL
-        grace = min(_CANCEL_GRACE_S, self._settings.stop_grace_s) if cancelled else self._settings.stop_grace_s
+        grace = min(leases.CANCEL_GRACE_S, self._settings.stop_grace_s) if cancelled else self._settings.stop_grace_s
+        if (gone_by := self._gone_by.get(reason)) is not None:
+            left = max(0.0, gone_by - time.monotonic())
+            grace = min(grace, left) if cancelled else left
         self._kill_at = time.monotonic() + grace
         log.info("asking the trainer to stop", reason=reason, grace_s=grace)
         self._line.tell(Stop(reason=reason, checkpoint=not cancelled, deadline_s=grace))
@@ -294,7 +298,9 @@ class Supervisor:
         self._shutdown = True  # a full inbox must not swallow it
         self._interrupted.set()
 
-    def _on_stop(self, reason: StopReason) -> None:
+    def _on_stop(self, reason: StopReason, within_s: float | None) -> None:
+        if within_s is not None:
+            self._gone_by[reason] = time.monotonic() + within_s
         self._asked.append(reason)
         self._interrupted.set()
 

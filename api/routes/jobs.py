@@ -144,10 +144,13 @@ def _shown(session: Session, tenant: Tenant, storage: Storage, rows: Sequence[Jo
     wanted: list[uuid.UUID] = [row.id for row in rows]
     attempts = jobs.attempts_of(session, tenant.project_id, wanted)
     positions = jobs.queue_positions(session, tenant.project_id)
+    told = jobs.queue_view(session, tenant.project_id)
     published = adapters.of_jobs(session, tenant.project_id, wanted)
     used = ledger.of_jobs(session, tenant.project_id, wanted)
     return [
-        job_out(row, attempts.get(row.id, []), positions.get(row.id), published.get(row.id), storage, used.get(row.id))
+        job_out(
+            row, attempts.get(row.id, []), positions.get(row.id), told, published.get(row.id), storage, used.get(row.id)
+        )
         for row in rows
     ]
 

@@ -7,10 +7,10 @@ from pydantic import Field
 
 from api.schemas.common import Out, unix, unix_or_none
 from api.schemas.usage import CostOut, cost_out
-from tunery import ids
+from tunery import ids, waiting
 from tunery.adapters import AdapterVersion
 from tunery.events import Event
-from tunery.jobs import AttemptView, Job
+from tunery.jobs import AttemptView, Job, view_of
 from tunery.ledger import Used
 from tunery.progress import OPENAI_NAMES, Checkpoint
 from tunery.states import OPENAI_STATUS, TERMINAL, JobState
@@ -169,10 +169,12 @@ def job_out(
     job: Job,
     attempts: list[AttemptView],
     position: int | None,
+    told: dict[str, Any],
     published: tuple[AdapterVersion, str] | None,
     storage: Storage,
     used: Used | None = None,
 ) -> JobOut:
+    """`told`: what the scheduler said of the project's queue; `jobs.queue_view`."""
     progress = _progress(job)
     eta = progress.eta_seconds if progress else None
     return JobOut(
@@ -197,7 +199,7 @@ def job_out(
         user_provided_suffix=job.suffix,
         tunery=JobExtra(
             state=JobState(job.state),
-            queue=_queue(job, attempts, position),
+            queue=_queue(job, attempts, position, told),
             progress=progress,
             attempts=[_attempt(view) for view in attempts],
             recipe=job.recipe,
@@ -257,13 +259,16 @@ def _error(job: Job) -> JobErrorOut | None:
     return JobErrorOut(code=job.error_code, message=job.error_message or job.error_code, param=job.error_param)
 
 
-def _queue(job: Job, attempts: list[AttemptView], position: int | None) -> QueueOut | None:
+def _queue(job: Job, attempts: list[AttemptView], position: int | None, told: dict[str, Any]) -> QueueOut | None:
     if job.state != JobState.QUEUED or position is None:
         return None
     newest = attempts[-1] if attempts else None
     if newest is not None and newest.attempt.ended_at is None:
         return QueueOut(reason=f"assigned to node {newest.node}, which has not begun yet", position=position)
-    return QueueOut(reason=job.wait_reason or "the scheduler has not looked at it yet", position=position)
+    view = view_of(job)
+    reason = waiting.reason_of(told, view)
+    words = waiting.message(reason, view) if reason else "the scheduler has not looked at it yet"
+    return QueueOut(reason=words, position=position)
 
 
 def _progress(job: Job) -> ProgressOut | None:

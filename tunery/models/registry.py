@@ -57,6 +57,7 @@ class Checkpoint(Base):
         Index("one_checkpoint_a_step", "job_id", "step", unique=True, postgresql_where=text("deleted_at IS NULL")),
         same_project("job_id", "jobs"),
         same_project("attempt_id", "attempts"),
+        Index("ix_checkpoints_attempt", "attempt_id", "created_at"),
     )
 
     id: Mapped[Id]
