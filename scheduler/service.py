@@ -175,11 +175,11 @@ class Scheduler:
         """Become or stay the leader."""
         with transaction(self._sessions) as session:
             epoch = queue.lead(session, self._holder, self._settings.leader_ttl_s)
-        if epoch != self._epoch:
-            log.info("leading" if epoch else "following", epoch=epoch)
-            self._wake()
-        self._epoch = epoch
+        before, self._epoch = self._epoch, epoch
         bind_process(epoch=epoch)
+        if epoch != before:
+            log.info("leading" if epoch else "following", epoch=epoch)
+            self._wake()  # with the epoch set, or the loops would look, see no leader, and rest
 
     def decide(self) -> int:
         """One pass of the policy; returns how many jobs were assigned."""

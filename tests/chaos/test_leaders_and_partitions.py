@@ -2,19 +2,20 @@
 
 import signal
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select, update
 
 from tests.chaos.faults import blackhole, hold
 from tests.chaos.proxy import Proxy
 from tests.chaos.support import failing
 from tests.fleet import Fleet, Via, fleet
 from tunery.embedded.servers import Servers
-from tunery.models import Allocation, Attempt, Leader
+from tunery.models import Allocation, Attempt, Leader, Node
 
 pytestmark = pytest.mark.chaos
 
@@ -52,6 +53,48 @@ def test_a_leader_frozen_while_it_assigns_is_replaced_and_its_late_writes_count_
         succeeds(running, later, attempts=1)
         assert frozen.poll() is None, "the old leader follows"
         assert _epoch(running) == 2
+
+
+def test_a_frozen_leader_is_replaced_in_under_ten_seconds_with_the_times_of_production(
+    succeeds: Callable[..., None],
+) -> None:
+    """F3: by the database's clock, from the freeze to the start of a job that has waited since before it."""
+    production = {"LEADER_TTL_S": "6", "LEADER_RENEW_S": "2", "DECIDE_S": "2", "SWEEP_S": "5"}
+    with fleet() as running:
+        frozen = running.scheduler("first", **production)
+        running.until(lambda: _epoch(running) == 1)
+        second = running.scheduler("second", **production)
+        running.node()
+        running.until(lambda: "started" in (running.home / "scheduler-second.log").read_text())
+        succeeds(running, running.submit("ok", steps=5), attempts=1)
+        with running.look() as session:  # nothing may start before the freeze: there is no room
+            session.execute(update(Node).values(state="cordoned"))
+        job_id = running.submit("ok", steps=5)
+        running.until(lambda: running.state(job_id) == "queued")
+        with running.look() as session:
+            at = session.scalar(select(func.now()))
+            frozen.send_signal(signal.SIGSTOP)
+        running.until(lambda: _is_stopped(frozen.pid))
+        with running.look() as session:
+            session.execute(update(Node).values(state="up"))
+        succeeds(running, job_id, attempts=1)
+        (attempt,) = running.attempts(job_id)
+        assert (attempt.assigned_at - at).total_seconds() < 10
+        assert _epoch(running) == 2 and _is_stopped(frozen.pid)
+        before = _all_of(running, job_id)
+        frozen.send_signal(signal.SIGCONT)
+        log = running.home / "scheduler-first.log"
+        running.until(lambda: '"following"' in log.read_text() or '"deposed"' in log.read_text())
+        later = running.submit("ok", steps=5)
+        succeeds(running, later, attempts=1)
+        assert (_epoch(running), frozen.poll(), second.poll()) == (2, None, None)
+        assert _all_of(running, job_id) == before, "the old leader changed nothing of what was done without it"
+
+
+def _all_of(running: Fleet, job_id: uuid.UUID) -> list[tuple[object, ...]]:
+    """Every attempt of a job, and what was published."""
+    attempts = [(one.id, one.no, one.fence, one.state, one.ended_at) for one in running.attempts(job_id)]
+    return [*attempts, *((one.id, one.version) for one in running.versions(job_id))]
 
 
 def test_a_message_rung_twice_is_claimed_once(tmp_path: Path, succeeds: Callable[..., None]) -> None:

@@ -1,6 +1,7 @@
 """`nodes` and `node ...`: the machines of a deployment, and this machine as one of them."""
 
 import re
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -230,6 +231,26 @@ def _told(node: "Node", text: str, as_json: bool) -> None:
 
 def _jobs(count: int) -> str:
     return "1 job" if count == 1 else f"{count} jobs"
+
+
+@app.command("manifest")
+def manifest(
+    attempt: Annotated[uuid.UUID, typer.Argument(metavar="ATTEMPT", help="Its UUID, as the scheduler's log has it.")],
+    node: Annotated[uuid.UUID, typer.Argument(metavar="NODE", help="UUID of the node that it is assigned to.")],
+    image: Annotated[str, typer.Option(help="Built from Dockerfile.worker.")] = "tunery-worker:latest",
+    namespace: Annotated[str, typer.Option(help="Where the Secret and the claims are.")] = "tunery",
+    gpus: Annotated[int, typer.Option(min=1, help="As many as the attempt was given.")] = 1,
+    limit: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="The attempt's time limit; else a day.")
+    ] = None,
+) -> None:
+    """Print the Kubernetes Job of one attempt, as JSON that kubectl takes.
+
+    Nothing applies it: docs/node.md says what is wired and what is not.
+    """
+    from tunery.kubernetes import Pod, attempt_job
+
+    json_out(attempt_job(attempt, node, limit_s=limit, pod=Pod(image=image, namespace=namespace, gpus=gpus)))
 
 
 @app.command("remove")
