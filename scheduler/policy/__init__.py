@@ -17,15 +17,18 @@ from tunery.contracts.scheduling import Hold, HoldKind, JobView, Plan, Preempt, 
 _Order = tuple[bool, bool, float, float, float, uuid.UUID]
 
 
-def schedule(snapshot: Snapshot) -> Plan:
-    """One pass. No clock, no randomness, no I/O; the order of the snapshot's rows does not matter."""
+def schedule(snapshot: Snapshot, *, explained: bool = True) -> Plan:
+    """One pass. No clock, no randomness, no I/O; the order of the snapshot's rows does not matter.
+
+    Not `explained`, it leaves out why the others wait; a simulation of hundreds of passes need not know.
+    """
     world = build(snapshot)
     projects, organizations = _wake(world)
     walk = _Walk(world)
     walk.finish_preemptions()
     walk.keep_promises()
     walk.run()
-    explanations, waits = explain.all_that_wait(world, walk.started, walk.holds)
+    explanations, waits = explain.all_that_wait(world, walk.started, walk.holds) if explained else ((), ())
     return Plan(
         tuple(walk.starts),
         tuple(walk.preempts),
