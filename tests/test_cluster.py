@@ -50,7 +50,8 @@ def one_pass(database: Database) -> int:
         epoch = queue.lead(session, "the tests", 60)
     assert epoch is not None
     with transaction(sessions) as session:
-        return len(queue.apply(session, epoch, schedule(queue.snapshot(session, 45))))
+        seen = queue.snapshot(session, 45)
+    return len(queue.apply(sessions, epoch, schedule(seen)))
 
 
 def numbers(client: httpx.Client, pool: str | None = None) -> dict[str, int]:
