@@ -13,6 +13,7 @@ from api.routes import (
     audit,
     base_models,
     budgets,
+    estimates,
     files,
     gpus,
     health,
@@ -58,7 +59,7 @@ def create_app(sessions: Sessions, storage: Storage, settings: ApiSettings) -> F
     app.state.health, app.state.probes = Health(asked), anyio.CapacityLimiter(4)
     errors.install(app)
     ours = (base_models, adapters, nodes, gpus, queue, projects, audit, usage, budgets, identity, legacy, health)
-    for module in (files, jobs, models, *ours):
+    for module in (files, jobs, estimates, models, *ours):
         app.include_router(module.router)  # routers carry their whole prefix: metrics name a route by it
     uploads = {("POST", "/v1/files"): settings.max_file_bytes}
     app.add_middleware(Retry, once=frozenset({*uploads, ("POST", JOIN)}))

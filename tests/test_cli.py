@@ -275,6 +275,35 @@ def test_create_says_what_it_asks_of_the_scheduler(run: Run, rows: Path) -> None
     assert wrong.returncode == 2 and "--node-label" in wrong.stderr
 
 
+def test_an_estimate_sends_numbers_only_and_reads_well(run: Run, server: Server, rows: Path) -> None:
+    one = {"gpu_bytes": 21_000_000_000, "hours": 0.31, "hours_p90": 1.2, "price_per_hour": 2.1, "amount": 0.651}
+    server.routes["POST", "/v1/fine_tuning/estimate"] = lambda: reply(
+        {
+            "object": "tunery.estimate", "profile": "learned", "model": "llama", "parameters": 8_000_000_000,
+            "rows": 10_000, "epochs": 3.0, "tokens": 9_000_000, "gpus": 1,
+            "adapter_parameters": 41_943_040, "adapter_bytes": 167_772_160,
+            "classes": [
+                {"gpu_class": "h100-80gb", "fits": True, "runs": 12} | one,
+                {"gpu_class": "l4-24gb", "fits": False, "runs": 0} | one | {"amount": None},
+            ],
+        }
+    )  # fmt: skip
+    done = run("jobs", "estimate", "-m", "llama", "-t", "train.jsonl", "--epochs", "3", "--gpu-class", "h100-80gb")
+    assert done.returncode == 0, done.stderr
+    ((_, body),) = server.sent("POST", "/v1/fine_tuning/estimate")
+    asked = json.loads(body)
+    lines = [line for line in rows.read_text().splitlines() if line.strip()]
+    assert asked["rows"] == len(lines) and asked["longest_row_bytes"] == max(len(line.encode()) for line in lines)
+    assert asked["hyperparameters"] == {"n_epochs": 3}
+    assert asked["tunery"] == {"resources": {"gpu_class": "h100-80gb"}}
+    assert server.contents == {}
+    assert "10,000 x 3 epochs, about 9,000,000 tokens" in done.stdout
+    assert re.search(r"h100-80gb +yes +21 GB +18m 36s +1h 12m +0\.65 +12 runs", done.stdout)
+    assert re.search(r"l4-24gb +no .* - +a formula", done.stdout)
+    assert run("jobs", "estimate", "-m", "m").returncode == 2
+    assert run("jobs", "estimate", "--rows", "10").returncode == 2
+
+
 def test_a_priority_is_set_and_a_job_shows_what_it_asked_for(run: Run, server: Server) -> None:
     asked = {
         "resources": {"gpus": 2, "gpu_class": "h100-80gb", "node_labels": {"rack": "b"}, "gpu_bytes": 21_000_000_000},

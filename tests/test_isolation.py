@@ -20,6 +20,8 @@ from tunery import db, ids, tenancy
 from tunery.db import make_engine, make_sessions, transaction
 from tunery.models import Adapter, Event, File, Job
 
+BODIES = {("POST", "/v1/fine_tuning/jobs/{fine_tuning_job_id}/priority"): {"priority": 1}}
+"""What has to be said for a request to reach its object at all."""
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -100,6 +102,8 @@ NEEDS = {
     ("POST", "/v1/base_models"): "admin",
     ("GET", "/v1/files"): "files:read",
     ("GET", "/v1/fine_tuning/jobs"): "jobs:read",
+    ("POST", "/v1/fine_tuning/estimate"): "jobs:read",
+    ("POST", "/v1/fine_tuning/jobs/{fine_tuning_job_id}/priority"): "jobs:write",
     ("GET", "/v1/models"): "models:read",
     ("GET", "/v1/base_models"): "models:read",
     ("GET", "/v1/adapters"): "adapters:read",
@@ -169,7 +173,8 @@ def test_another_projects_id_is_answered_like_one_that_does_not_exist(
             for given in theirs[placeholders[0]]:
                 name = placeholders[0]
                 absent = random_like(name, given)
-                one, other = (client.request(method, fill(path, **{name: each})) for each in (given, absent))
+                body = BODIES.get((method, path))
+                one, other = (client.request(method, fill(path, **{name: each}), json=body) for each in (given, absent))
                 expected = 404 if (method, path) in documented else (404, 405)
                 assert one.status_code == other.status_code, (method, path)
                 assert one.status_code in (expected if isinstance(expected, tuple) else (expected,)), (method, path)

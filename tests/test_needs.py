@@ -232,14 +232,14 @@ def test_the_database_and_the_rule_agree(project: Tenant, database: Database, sa
     with factories.owner(database) as session, session.begin():
         first = session.get_one(RunObservation, work.attempt_id)
         first.estimated_bytes, first.peak_bytes = 1000, round(1000 * ratios[0])
-        base_id = first.base_model_id
+        base_id, gpu_class = first.base_model_id, first.gpu_class
     for ratio in ratios[1:]:
         other = factories.succeeded(project, node, model=name)
         with factories.owner(database) as session, session.begin():
             row = session.get_one(RunObservation, other.attempt_id)
             row.estimated_bytes, row.peak_bytes = 1000, round(1000 * ratio)
     with node.transaction() as session:
-        seen = observations.peaks(session, base_id, "lora", "unclassified", 1000)
+        seen = observations.peaks(session, base_id, "lora", gpu_class, 1000)
         nothing = observations.peaks(session, uuid.uuid4(), "qlora", None, 1000)
     assert seen.samples == samples and seen.largest_bytes == round(1000 * max(ratios))
     assert seen.tail == pytest.approx(tail_mean([round(1000 * ratio) / 1000 for ratio in ratios]))

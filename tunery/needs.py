@@ -1,5 +1,8 @@
 """What a job needs, written on its row: memory and time at the data check, more memory after it ran out of it."""
 
+import uuid
+from typing import Any
+
 from sqlalchemy.orm import Session
 
 from tunery import durations, observations
@@ -55,15 +58,40 @@ def settle(session: Session, job: Job, base: BaseModel, train: Dataset, validati
     recipe, card = Recipe.model_validate(job.recipe), base.card or {}
     devices = observations.devices(session)
     longest = max(train.max_row_bytes, validation.max_row_bytes if validation else 0)
-    needed = _smallest_that_runs(card, recipe, longest, devices, ask_of(job))
-    method = memory.method_of(recipe)
-    seen = observations.peaks(session, base.id, method, job.gpu_class, needed.total)
-    job.estimated_bytes, job.required_bytes = needed.total, correction.reservation(needed.total, seen)
+    needed, job.required_bytes = reserved(session, base.id, card, recipe, longest, devices, ask_of(job))
+    job.estimated_bytes = needed.total
     job.estimated_tokens = durations.tokens(recipe, train.rows, train.bytes)
     _, p90 = durations.of_work(session, Work.of(job, card))
     job.limit_s = job.time_limit_s or max(LEAST_LIMIT_S, LIMIT_TIMES * p90)
     job.engine_key = _engine_key(base, recipe, places.suitable(devices, ask_of(job)))
     job.engine_bytes = needed.own if job.engine_key else None
+
+
+def reserved(
+    session: Session,
+    base_model_id: uuid.UUID,
+    card: dict[str, Any],
+    recipe: Recipe,
+    longest: int,
+    devices: list[Device],
+    ask: Ask,
+) -> tuple[Memory, int]:
+    """The bare estimate on each GPU, and the bytes to reserve for it.
+
+    Without recomputing activations where some device could hold them, else with: trainers decide the same way. Where
+    devices of several kinds would do, the kind that needs the most counts.
+    """
+    method, kinds = memory.method_of(recipe), _kinds(places.suitable(devices, ask))
+
+    def corrected(form: Memory) -> tuple[Memory, int]:
+        seen = observations.peaks(session, base_model_id, method, ask.gpu_class, form.total)
+        return form, correction.reservation(form.total, seen)
+
+    most = corrected(max((memory.of_recipe(card, recipe, longest, kind=one) for one in kinds), key=lambda m: m.total))
+    largest = places.largest_place(devices, ask)
+    if largest is None or most[1] <= largest or "cuda" not in kinds:
+        return most
+    return corrected(memory.of_recipe(card, recipe, longest, checkpointing=True))
 
 
 def ask_of(job: Job) -> Ask:
@@ -90,21 +118,6 @@ def after_out_of_memory(session: Session, job: Job, peak_bytes: int) -> tuple[bo
         )
     job.required_bytes = raised
     return True, f"{had} Now {_gib(raised)} are reserved."
-
-
-def _smallest_that_runs(
-    card: dict[str, object], recipe: Recipe, longest: int, devices: list[Device], ask: Ask
-) -> Memory:
-    """Without recomputing activations where some device could hold them, else with: trainers decide the same way.
-
-    Where devices of several kinds would do, the kind that needs the most counts.
-    """
-    kinds = _kinds(places.suitable(devices, ask))
-    most = max((memory.of_recipe(card, recipe, longest, kind=kind) for kind in kinds), key=lambda one: one.total)
-    largest = places.largest_place(devices, ask)
-    if largest is None or most.total <= largest or "cuda" not in kinds:
-        return most
-    return memory.of_recipe(card, recipe, longest, checkpointing=True)
 
 
 def _kinds(devices: list[Device]) -> list[Kind]:

@@ -15,6 +15,7 @@ from tunery.cli import (
     files,
     gpus,
     job_create,
+    job_estimate,
     job_follow,
     jobs,
     models,
@@ -32,7 +33,20 @@ _SECTIONS = {
     "Machines": ("nodes", "node", "gpus"),
     "Who gets what": ("usage", "budget", "storage", "project", "org", "audit"),
 }
-_JOBS = ("create", "watch", "wait", "list", "show", "logs", "events", "checkpoints", "priority", "cancel", "delete")
+_JOBS = (
+    "create",
+    "estimate",
+    "watch",
+    "wait",
+    "list",
+    "show",
+    "logs",
+    "events",
+    "checkpoints",
+    "priority",
+    "cancel",
+    "delete",
+)
 _ANYWHERE = ("--api-url", "--profile")
 
 EPILOG = """\b
@@ -142,6 +156,7 @@ nodes.register(app)
 app.add_typer(gpus.app, name="gpus")
 projects.register(app)
 job_create.register(jobs.app)
+job_estimate.register(jobs.app)
 job_follow.register(jobs.app)
 jobs.app.registered_commands.sort(key=lambda command: _JOBS.index(command.name or ""))
 

@@ -25,6 +25,7 @@ from tunery.client.shapes import (
     AuditEntry,
     BaseModel,
     Checkpoint,
+    Estimate,
     Event,
     File,
     FileEntry,
@@ -145,6 +146,10 @@ class Client:
 
     def create_job(self, body: Mapping[str, Any]) -> Job:
         return cast("Job", self._http.call("POST", _JOBS, json=dict(body)))
+
+    def estimate(self, body: Mapping[str, Any]) -> Estimate:
+        """What a job would take; nothing is submitted."""
+        return cast("Estimate", self._http.call("POST", "/fine_tuning/estimate", json=dict(body)))
 
     def jobs(self, *, metadata: Mapping[str, str] | None = None, page_size: int = 50) -> Iterator[Job]:
         """Newest first."""

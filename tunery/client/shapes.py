@@ -135,6 +135,33 @@ class Job(TypedDict, total=False):
     tunery: JobExtra
 
 
+class ClassEstimate(TypedDict, total=False):
+    gpu_class: str | None
+    gpu_bytes: int
+    fits: bool | None
+    hours: float
+    hours_p90: float
+    price_per_hour: float | None
+    amount: float | None
+    runs: int
+
+
+class Estimate(TypedDict, total=False):
+    """`classes` has the best first."""
+
+    object: str
+    profile: str
+    model: str | None
+    parameters: int
+    rows: int
+    epochs: float
+    tokens: int
+    gpus: int
+    adapter_parameters: int
+    adapter_bytes: int
+    classes: list[ClassEstimate]
+
+
 class Event(TypedDict, total=False):
     id: Required[str]
     object: str
