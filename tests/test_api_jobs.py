@@ -172,8 +172,11 @@ def test_a_running_job_says_how_far_it_is(
             for n in range(1, 11)
         ),
     )
+    sampled = {"train/loss": 0.2, "system/gpu_memory_bytes": 3e9}
+    factories.tell(work, factories.metrics(12, step=10).model_copy(update={"time": 1030.0, "values": sampled}))
     shown = client.get(f"{JOBS}/{work.id}").json()
     progress = shown["tunery"]["progress"]
+    assert (progress["gpu_memory_bytes"], progress["gpu_utilization"]) == (3e9, None)
     assert (progress["step"], progress["total_steps"], progress["percent"]) == (10, 40, 25.0)
     assert progress["loss"] == pytest.approx(0.2) and progress["eta_seconds"] == 90
     assert abs(shown["estimated_finish"] - time.time() - 90) < 5

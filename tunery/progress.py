@@ -138,6 +138,8 @@ def _note(held: Held, event: Event) -> None:
             progress["loss"] = safe.get("train/loss", progress.get("loss"))
             progress["tokens_per_second"] = safe.get("train/tokens_per_second", progress.get("tokens_per_second"))
             progress["tokens"] = event.tokens
+            for name in ("gpu_memory_bytes", "gpu_utilization"):
+                progress[name] = safe.get(f"system/{name}", progress.get(name))
             _note_speed(progress, event)
         case Eval():
             safe = json_safe(event.values)

@@ -48,6 +48,9 @@ class ProgressOut(Out):
     loss: float | str | None
     eval_loss: float | str | None
     tokens_per_second: float | str | None
+    gpu_memory_bytes: float | str | None
+    """Held by the trainer on its GPU at the last sample; null where the metrics have none."""
+    gpu_utilization: float | str | None
     eta_seconds: int | None
     percent: float
 
@@ -283,6 +286,8 @@ def _progress(job: Job) -> ProgressOut | None:
         loss=said.get("loss"),
         eval_loss=said.get("eval_loss"),
         tokens_per_second=said.get("tokens_per_second"),
+        gpu_memory_bytes=said.get("gpu_memory_bytes"),
+        gpu_utilization=said.get("gpu_utilization"),
         eta_seconds=_eta_s(job, step, total, said.get("seconds_per_step")),
         percent=100 if job.state == JobState.SUCCEEDED else round(min(percent, 100), 1),
     )

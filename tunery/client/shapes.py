@@ -53,6 +53,8 @@ class Progress(TypedDict, total=False):
     loss: float | str | None
     eval_loss: float | str | None
     tokens_per_second: float | str | None
+    gpu_memory_bytes: float | str | None
+    gpu_utilization: float | str | None
     eta_seconds: int | None
     percent: float
 
