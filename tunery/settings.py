@@ -178,6 +178,11 @@ class NodeSettings(DatabaseSettings, StorageSettings, Clocks, OpsSettings):
     min_free_disk_bytes: int = Field(default=1024 * MIB, ge=0)
     """With less room on the disk of `home` or `model_store` a node gets no new work; what runs goes on."""
     cpu_task_slots: int = Field(default=2, ge=1)
+    cpu_devices: int = Field(default=1, ge=1, le=16)
+    """A host without GPUs counts as so many devices. More than one is for tests: trainers on the same cores slow each
+    other down."""
+    attempts_per_gpu: int = Field(default=4, ge=1)
+    """So many attempts may share one GPU, if their jobs agree and their memory fits."""
     max_unstored_checkpoints: int = Field(default=2, ge=1)
     log_chunk_s: float = 5
     hang_s: float = Field(default=1800, gt=0)

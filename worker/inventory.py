@@ -11,9 +11,12 @@ from tunery.nodes import Device
 GIB = 1 << 30
 
 
-def devices() -> list[Device]:
-    """GPUs as NVML sees them, in its order; else the CPU. Usable memory leaves 5 %, at least 1 GiB, to others."""
-    return _nvidia() or [_cpu()]
+def devices(cpu_devices: int = 1) -> list[Device]:
+    """GPUs as NVML sees them, in its order; else the CPU, as so many devices with equal parts of its memory.
+
+    Usable memory leaves 5 %, at least 1 GiB, to others.
+    """
+    return _nvidia() or _cpus(cpu_devices)
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,11 @@ def minors(uuids: Sequence[str] | None = None) -> list[int]:
         pynvml.nvmlShutdown()
 
 
-def _cpu() -> Device:
-    return Device("cpu", 0, "cpu", f"{_cpu_name()} x {usable_cores()}", _main_memory(), usable_memory())
+def _cpus(number: int) -> list[Device]:
+    if number == 1:
+        return [Device("cpu", 0, "cpu", f"{_cpu_name()} x {usable_cores()}", _main_memory(), usable_memory())]
+    name, total, usable = _cpu_name(), _main_memory() // number, usable_memory() // number
+    return [Device(f"cpu-{place}", place, "cpu", f"{name}, part {place}", total, usable) for place in range(number)]
 
 
 def usable_memory() -> int:

@@ -261,14 +261,15 @@ class Node:
                 old.unlink(missing_ok=True)
 
     def _register(self, session: Session) -> None:
-        devices = inventory.devices()
+        devices = inventory.devices(self._settings.cpu_devices)
+        shared = self._settings.attempts_per_gpu
         nodes.register(
             session,
             self._id,
             name=self._settings.node_name,
             boot_id=self._boot_id,
             devices=devices,
-            slots=len(devices),
+            slots=sum(shared if device.kind == "cuda" else 1 for device in devices),
             task_slots=self._settings.cpu_task_slots,
             version=__version__,
             info={"host": socket.gethostname(), **self._isolation, **self._room()},

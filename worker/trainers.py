@@ -109,6 +109,7 @@ class DedicatedTrainer:
             "LOGNAME": "trainer",
             "TMPDIR": str(self._workspace.root / "tmp"),
             "CUDA_VISIBLE_DEVICES": ",".join(devices),
+            "TUNERY_DEVICES": ",".join(uuid for _, uuid in self._work.devices),
             "OMP_NUM_THREADS": str(self._settings.trainer_threads or inventory.usable_cores()),
             "HF_HUB_OFFLINE": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -45,7 +45,13 @@ def main() -> int:
     deployment = Deployment(trainer=options.trainer, clocks=clocks, nodes=NODES[: options.nodes])
     steps, save = (options.steps, max(1, options.steps // 10))
     workload = Workload(
-        deployment.api_url, deployment.api_key, options.seed, wanted=options.jobs, steps=steps, save_steps=save
+        deployment.api_url,
+        deployment.api_keys,
+        options.seed,
+        wanted=options.jobs,
+        steps=steps,
+        save_steps=save,
+        gangs=0.2,
     )
     nemesis = Nemesis(deployment, workload, options.seed, scale=4 if options.production else 1)
     pauses = random.Random(options.seed + 1)
@@ -129,7 +135,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--pause", type=float, nargs=2, default=(0.2, 2.5), metavar="S", help="between faults")
     parser.add_argument("--trainer", choices=("fake", "real"), default="fake")
-    parser.add_argument("--nodes", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--nodes", type=int, choices=(1, 2, 3), default=3)
     parser.add_argument("--production", action="store_true", help="production clocks instead of shortened ones")
     parser.add_argument("--report", type=Path)
     return parser.parse_args()

@@ -18,7 +18,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psycopg
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from tests.chaos import history, witness
 from tests.chaos.faults import PASS
@@ -29,10 +29,14 @@ from tests.fleet import PEPPER, Fleet, Via
 from tests.servers import private_servers
 from tunery import tenancy
 from tunery.db import transaction
-from tunery.models import BaseModel, Node
-from worker import locks, processes
+from tunery.models import BaseModel, Node, Project
+from worker import inventory, locks, processes
 
-NODES, SCHEDULERS = ("node-a", "node-b"), ("scheduler-1", "scheduler-2")
+NODES, SCHEDULERS = ("node-a", "node-b", "node-c"), ("scheduler-1", "scheduler-2")
+DEVICES = 2
+"""Of each node, where there is no GPU: two make a gang possible."""
+POLICY = {"MIN_RUNTIME_S": "1"}
+"""Attempts are short here; they may be moved soon."""
 PRODUCTION = {
     "LEASE_S": "45", "RENEW_S": "10", "LOST_GRACE_S": "30", "CLAIM_TIMEOUT_S": "60", "LEADER_TTL_S": "6",
     "LEADER_RENEW_S": "2", "POLL_S": "5", "TICK_S": "10", "DECIDE_S": "0.5", "SWEEP_S": "5", "STOP_GRACE_S": "120",
@@ -105,7 +109,7 @@ class Disk:
 
 class Deployment:
     def __init__(
-        self, *, trainer: str = "fake", clocks: dict[str, str] | None = None, nodes: Sequence[str] = NODES
+        self, *, trainer: str = "fake", clocks: dict[str, str] | None = None, nodes: Sequence[str] = NODES[:2]
     ) -> None:
         self._exit = ExitStack()
         self.servers = self._exit.enter_context(private_servers())
@@ -124,7 +128,13 @@ class Deployment:
         self._bases(trainer)
         self.programs = {name: Program(name, self._launcher(name)) for name in ("api", *SCHEDULERS, *nodes)}
         with transaction(self.fleet.owner) as session:
-            _, self.api_key = tenancy.create_key(session, self.fleet.project_id, "chaos", ["admin"], PEPPER)
+            second = session.get_one(Project, self.fleet.project("second"))
+            # both may be moved off by the other: one by its guarantee, one by its share
+            second.guarantee, second.cap = 1, DEVICES * len(nodes) - 1
+            keys = [
+                tenancy.create_key(session, id, "chaos", ["admin"], PEPPER) for id in (self.fleet.project_id, second.id)
+            ]
+            self.api_keys = [key for _, key in keys]
         for program in self.programs.values():
             program.start()
         self._over = threading.Event()
@@ -179,6 +189,8 @@ class Deployment:
     def heal(self) -> None:
         for disk in self.disks.values():
             disk.thaw()
+        with transaction(self.fleet.owner) as session:
+            session.execute(update(Node).where(Node.state.in_(("cordoned", "draining"))).values(state="up"))
         for ways in self.links.values():
             for proxy in ways.values():
                 proxy.set(PASS)
@@ -253,12 +265,12 @@ class Deployment:
         ways, own = self.links[name], self.clocks
         via = Via(ways["postgres"], ways["valkey"], ways["s3"])
         if name in SCHEDULERS:
-            return lambda: self.fleet.scheduler(name.partition("-")[2], via=via, **own)
+            return lambda: self.fleet.scheduler(name.partition("-")[2], via=via, **POLICY | own)
         if name in self.nodes:
             store = str(self.fleet.home / f"models-{name}")
-            settings = own | {"MODEL_STORE": store, "TRAINER_THREADS": "1"}
+            settings = own | {"MODEL_STORE": store, "TRAINER_THREADS": "1", "CPU_DEVICES": str(DEVICES)}
             return lambda: self.fleet.node(name, via=via, **settings)  # pyright: ignore[reportArgumentType]
-        return lambda: self.fleet.serve_api(via=via)
+        return lambda: self.fleet.serve_api(via=via, MAX_GPUS_PER_JOB=str(DEVICES))
 
     def _bases(self, trainer: str) -> None:
         """Each node has a base model of its own, and in its folder the file that its witness locks."""
@@ -267,7 +279,8 @@ class Deployment:
             base.mkdir(parents=True)
             if trainer != "fake":
                 self._real_base(base)
-            (base / witness.DEVICE).touch()
+            for device in inventory.devices(DEVICES):
+                (base / witness.device_file(device.uuid)).touch()
             (base / "COMPLETE").touch()
             for path in (base.parent, base, *base.iterdir()):
                 path.chmod(0o755 if path.is_dir() else 0o644)

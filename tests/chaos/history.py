@@ -101,6 +101,8 @@ class History:
     """Attempt and the processes that still carry its mark."""
     logs: dict[str, str]
     """Program and what it wrote."""
+    scheduling: list[str] = field(default_factory=list)
+    """What Postgres' own record says against the scheduler: see `_scheduling`."""
 
 
 def collect(fleet: Fleet, told: list[Told]) -> History:
@@ -145,6 +147,7 @@ def collect(fleet: Fleet, told: list[Told]) -> History:
         _held(fleet),
         {str(row.id): pids for row in attempts if (pids := processes.marked(str(row.id)))},
         {str(path): path.read_text(errors="replace") for path in fleet.home.rglob("*.log")},
+        _scheduling(fleet),
     )
 
 
@@ -256,6 +259,7 @@ def _devices(history: History) -> Iterator[str]:
 
 def _rest(history: History) -> Iterator[str]:
     yield from history.held
+    yield from history.scheduling
     for attempt, pids in history.processes.items():
         yield f"processes {pids} of attempt {attempt} are still there"
 
@@ -314,6 +318,47 @@ def _held(fleet: Fleet) -> list[str]:
         return [
             f"{what} {row[0]} is still held" for what, query in queries.items() for row in session.execute(text(query))
         ]
+
+
+RECORD = {
+    "exclusive allocations of one device overlap": """
+        SELECT a.gpu_id FROM allocations a JOIN allocations b ON a.gpu_id = b.gpu_id AND a.id < b.id
+        WHERE (a.exclusive OR b.exclusive)
+          AND tstzrange(a.created_at, a.released_at) && tstzrange(b.created_at, b.released_at)""",
+    "an attempt has not the devices its job asked for, on its own node": """
+        SELECT t.id FROM attempts t JOIN jobs j ON j.id = t.job_id
+          LEFT JOIN allocations a ON a.owner_attempt = t.id
+          LEFT JOIN gpus g ON g.id = a.gpu_id AND g.node_id = t.node_id
+        GROUP BY t.id, j.gpus HAVING count(g.id) <> j.gpus""",
+    "a project had more than its cap": """
+        SELECT p.id FROM projects p JOIN jobs j ON j.project_id = p.id JOIN attempts t ON t.job_id = j.id
+          CROSS JOIN LATERAL (
+            SELECT sum(o.rate) AS rate FROM attempts o JOIN jobs k ON k.id = o.job_id
+            WHERE k.project_id = p.id AND o.assigned_at <= t.assigned_at
+              AND coalesce(o.ended_at > t.assigned_at, true) AND EXISTS (
+                SELECT FROM allocations a WHERE a.owner_attempt = o.id
+                  AND coalesce(a.released_at > t.assigned_at, true))) held
+        WHERE p.cap IS NOT NULL AND held.rate > p.cap + 1e-6""",
+    "a job was moved off more often than it may be": """
+        SELECT job_id FROM attempts WHERE preempted_at IS NOT NULL GROUP BY job_id HAVING count(*) > 3""",
+    "two projects took turns": """
+        SELECT a.id FROM attempts a JOIN attempts b ON a.project_id = b.preempted_for_project
+          AND b.project_id = a.preempted_for_project AND a.id < b.id
+        WHERE a.preempted_for_project <> a.project_id""",
+    "an attempt's time does not add up": """
+        SELECT attempt_id FROM usage
+        WHERE abs(gpu_seconds - loading_s - productive_s - user_fault_s - platform_fault_s) > 1e-3""",
+    "a device's time was counted twice": """
+        SELECT attempt_id FROM usage GROUP BY attempt_id, gpu_id HAVING count(*) > 1""",
+    "GPUs are kept for a job that has ended": """
+        SELECT h.job_id FROM holds h JOIN jobs j ON j.id = h.job_id
+        WHERE j.finished_at < now() - interval '10 seconds'""",
+}
+
+
+def _scheduling(fleet: Fleet) -> list[str]:
+    with fleet.look() as session:
+        return [f"{what}: {row[0]}" for what, query in RECORD.items() for row in session.execute(text(query))]
 
 
 def _log(fleet: Fleet, project_id: uuid.UUID, attempt_id: uuid.UUID) -> str:

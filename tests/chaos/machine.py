@@ -56,7 +56,14 @@ class Survives(RuleBasedStateMachine):
         kind.examples += 1
         self.deployment = kind.running
         self.workload = Workload(
-            self.deployment.api_url, self.deployment.api_key, choice, wanted=0, steps=24, save_steps=6, cancels=0
+            self.deployment.api_url,
+            self.deployment.api_keys,
+            choice,
+            wanted=0,
+            steps=24,
+            save_steps=6,
+            cancels=0,
+            gangs=0.25,
         )
         self.nemesis = Nemesis(self.deployment, self.workload, choice)
         self.workload.start()
@@ -106,7 +113,7 @@ class Survives(RuleBasedStateMachine):
         type(self).played += 1
         self.nemesis.strike(kind, wait_s=2, manner="pause")
 
-    @rule(kind=st.sampled_from((*LINKS, "flush", "backends", "disk")))
+    @rule(kind=st.sampled_from((*LINKS, "flush", "backends", "disk", "drain")))
     def hurt(self, kind: str) -> None:
         type(self).played += 1
         self.nemesis.strike(kind, wait_s=1)

@@ -32,7 +32,7 @@ from tunery.states import LIVE_ATTEMPT, MAX_FAULTS_WITHOUT_PROGRESS
 MAIN = ("trainer", "supervisor", "node", "scheduler", "api", "valkey", "postgres")
 """Victims that every long campaign hits often."""
 LINKS = ("node-postgres", "scheduler-postgres", "api-postgres", "node-s3", "api-s3", "valkey-link")
-OTHERS = (*LINKS, "flush", "backends", "disk")
+OTHERS = (*LINKS, "flush", "backends", "disk", "drain")
 _PAUSED_SHARE = 0.25
 """Of the main victims so many are stopped for a while (SIGSTOP) instead of killed."""
 
@@ -199,6 +199,8 @@ class Nemesis:
             return "every session ended", 0
         if victim.kind == "disk":
             return self._freeze()
+        if victim.kind == "drain":
+            return self._drain()
         if victim.pid is None:
             return "nobody to hit", 0
         if manner == "pause" or (manner is None and self._random.random() < _PAUSED_SHARE):
@@ -223,6 +225,15 @@ class Nemesis:
         disk.freeze()
         self.later(for_s, disk.thaw)
         return "disk hangs", for_s
+
+    def _drain(self) -> tuple[str, float]:
+        """An operator empties a node, and gives it back after a while."""
+        name = f"{self.any_of('node').name}-{self.deployment.fleet.database}"
+        for_s = self._scale * self._random.uniform(1, 6)
+        if not self.workload.drain(name):
+            return "nobody took the order to drain", 0
+        self.later(for_s, lambda: self.workload.take_back(name))
+        return "drained", for_s
 
     def _pause(self, victim: Victim) -> tuple[str, float]:
         longest = 3 if victim.kind in ("postgres", "valkey") else 8

@@ -34,7 +34,7 @@ def main() -> int:
     lasts = 120 + options.redis + options.s3
     steps = int(lasts * STEPS_A_SECOND)
     workload = Workload(
-        deployment.api_url, deployment.api_key, options.seed, wanted=0, steps=steps, save_steps=steps // 40
+        deployment.api_url, deployment.api_keys, options.seed, wanted=0, steps=steps, save_steps=steps // 40
     )
     broken: list[str] = []
     try:

@@ -1,8 +1,8 @@
 """The witness of a device: outside the system, and told nothing by it.
 
 `TUNERY_TRAINER_MODULE` is `tests.chaos.watched_fake` or `tests.chaos.watched_real`. Such a trainer takes an exclusive
-flock on the file that stands for its node's device before it does anything else, and never lets go; the kernel does,
-when the process is gone. If the file is taken, two trainers are on one device: the newcomer says so in its log and as
+flock on the files that stand for its devices before it does anything else, and never lets go; the kernel does,
+when the process is gone. If a file is taken, two trainers are on one device: the newcomer says so in its log and as
 its outcome, and `history` finds it there. A read-only file can be locked, so this works inside whatever sandbox the
 trainer runs in.
 """
@@ -20,10 +20,14 @@ from tunery.contracts.events import EXIT_OURS, Failed
 from tunery.contracts.spec import TrainingSpec
 from tunery.states import FailureCode
 
-DEVICE = "device.lock"
-"""In the folder of the base model, which is the node's own."""
+DEVICES = os.environ.get("TUNERY_DEVICES", "")
 VIOLATION = "WITNESS: two trainers on one device"
 STARTED = "WITNESS: started"
+
+
+def device_file(uuid: str) -> str:
+    """In the folder of the base model, which is the node's own."""
+    return f"{uuid}.lock"
 
 
 def run(module: str, first: Callable[[], None] = lambda: None) -> None:
@@ -31,9 +35,10 @@ def run(module: str, first: Callable[[], None] = lambda: None) -> None:
     spec = TrainingSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
     line = spec.lineage
     print(STARTED, line.job_id, line.attempt_id, line.attempt_no, time.clock_gettime(time.CLOCK_BOOTTIME), flush=True)
-    held = os.open(Path(spec.base.path) / DEVICE, os.O_RDONLY)
+    held = [os.open(Path(spec.base.path) / device_file(uuid), os.O_RDONLY) for uuid in DEVICES.split(",")]
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for device in held:
+            fcntl.flock(device, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(VIOLATION, flush=True)
         _say_so(spec)

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -23,8 +24,18 @@ class Workload:
     """Keeps `wanted` jobs alive until `finish`, from a thread that submits and some that watch."""
 
     def __init__(
-        self, api_url: str, api_key: str, seed: int, *, wanted: int, steps: int, save_steps: int, cancels: float = 0.1
+        self,
+        api_url: str,
+        api_keys: Sequence[str],
+        seed: int,
+        *,
+        wanted: int,
+        steps: int,
+        save_steps: int,
+        cancels: float = 0.1,
+        gangs: float = 0.0,
     ) -> None:
+        """One key a project; `gangs` is the share of jobs that ask for two devices."""
         self.told: dict[str, Told] = {}
         self.files: dict[str, str] = {}
         """Of each job."""
@@ -36,10 +47,15 @@ class Workload:
         """Answers that no client should ever get, whatever happens behind the API."""
         self._requests: deque[float] = deque(maxlen=1000)
         self._random = random.Random(seed)
-        self._wanted, self._cancels = wanted, cancels
+        self._wanted, self._cancels, self._gangs = wanted, cancels, gangs
+        self._keys = list(api_keys)
+        self._key_of: dict[str, str] = {}
+        """Of each job."""
         self.training = {"max_steps": steps, "save_steps": save_steps}
         self._client = httpx.Client(
-            base_url=f"{api_url}/v1", headers={"Authorization": f"Bearer {api_key}"}, timeout=httpx.Timeout(10)
+            base_url=f"{api_url}/v1",
+            headers={"Authorization": f"Bearer {self._keys[0]}"},
+            timeout=httpx.Timeout(10),
         )
         self._over, self._enough = threading.Event(), threading.Event()
         self._lock = threading.Lock()
@@ -85,15 +101,25 @@ class Workload:
     def cancel(self, told: Told) -> None:
         told.cancelled = True
         for _ in range(100):
-            if self._over.is_set() or self._ask("POST", f"/fine_tuning/jobs/{told.job_id}/cancel", expected=(409,)):
+            path = f"/fine_tuning/jobs/{told.job_id}/cancel"
+            if self._over.is_set() or self._ask("POST", path, key=self._key_of[told.job_id], expected=(409,)):
                 return
             time.sleep(0.3)
 
     def delete_file(self) -> None:
         """The newest job's: whatever the answer, no job may suffer from it."""
-        file = self.files[max(self.files)]
+        newest = max(self.files)
+        file = self.files[newest]
         gone_before, self._deletes = file in self._deletes, self._deletes | {file}
-        self._ask("DELETE", f"/files/{file}", expected=(404, 409) if gone_before else (409,))
+        expected = (404, 409) if gone_before else (409,)
+        self._ask("DELETE", f"/files/{file}", key=self._key_of[newest], expected=expected)
+
+    def drain(self, node: str) -> bool:
+        """Every attempt there goes on elsewhere. False if nobody could be told."""
+        return self._ask("POST", f"/nodes/{node}/drain", expected=(404, 409)) is not None
+
+    def take_back(self, node: str) -> bool:
+        return self._ask("POST", f"/nodes/{node}/uncordon", expected=(404, 409)) is not None
 
     def _submit_on(self) -> None:
         while not self._over.wait(0.1):
@@ -104,34 +130,41 @@ class Workload:
                 threading.Timer(self._random.uniform(0.1, 8), self.cancel, [told]).start()
 
     def _submit(self, rows: bytes) -> Told | None:
-        file = None
+        file, key = None, self._random.choice(self._keys)
         while file is None and not self._over.is_set():
-            file = self._ask("POST", "/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", rows)})
+            sent = {"data": {"purpose": "fine-tune"}, "files": {"file": ("rows.jsonl", rows)}}
+            file = self._ask("POST", "/files", key=key, **sent)
         if file is None:
             return None
         body = {"model": "tiny", "training_file": file["id"], "suffix": "slow", "seed": self._random.randrange(1000)}
-        job = self._ask("POST", "/fine_tuning/jobs", json=body | {"tunery": {"training": self.training}})
+        more: dict[str, Any] = {"training": self.training}
+        if self._random.random() < self._gangs:
+            more["resources"] = {"gpus": 2}
+        job = self._ask("POST", "/fine_tuning/jobs", key=key, json=body | {"tunery": more})
         if job is None:
             self.unknown += 1
             return None
         with self._lock:
-            self.files[job["id"]] = file["id"]
+            self.files[job["id"]], self._key_of[job["id"]] = file["id"], key
             self.told[job["id"]] = Told(job["id"], [job["status"]])
             return self.told[job["id"]]
 
     def _watch_on(self, number: int) -> None:
         while not self._over.wait(0.05):
             for told in self.live()[number::2]:
-                job = self._ask("GET", f"/fine_tuning/jobs/{told.job_id}")
+                job = self._ask("GET", f"/fine_tuning/jobs/{told.job_id}", key=self._key_of[told.job_id])
                 with self._lock:
                     if job is not None and told.statuses[-1:] != [job["status"]]:
                         told.statuses.append(job["status"])
 
-    def _ask(self, method: str, path: str, *, expected: tuple[int, ...] = (), **more: Any) -> dict[str, Any] | None:
+    def _ask(
+        self, method: str, path: str, *, key: str = "", expected: tuple[int, ...] = (), **more: Any
+    ) -> dict[str, Any] | None:
         """The answer's body; None if there was no answer, or one that says to come again."""
         self._requests.append(time.monotonic())
         with contextlib.suppress(httpx.HTTPError):
-            answer = self._client.request(method, path, **more)
+            own = {"headers": {"Authorization": f"Bearer {key}"}} if key else {}
+            answer = self._client.request(method, path, **own, **more)
             if answer.is_success or answer.status_code in expected:
                 return answer.json()
             if answer.status_code not in (503, 429):
