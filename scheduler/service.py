@@ -58,6 +58,20 @@ _STUCK_S = 30.0
 """A loop that has not come round for so long hangs; the slowest pause between two rounds is five seconds."""
 
 
+def policy_settings(settings: SchedulerSettings) -> PolicySettings:
+    """Engines stay off: nothing starts one yet."""
+    return PolicySettings(
+        tau_s=settings.tau_s,
+        depth=settings.queue_depth,
+        preemption=settings.preemption,
+        min_runtime_s=settings.min_runtime_s,
+        grace_s=settings.stop_grace_s,
+        max_preemptions=settings.max_preemptions,
+        window_s=settings.preemption_window_s,
+        sharing=settings.gpu_sharing,
+    )
+
+
 class Scheduler:
     """One of possibly several; whoever holds the leader row works, the others wait for it."""
 
@@ -75,7 +89,7 @@ class Scheduler:
         self._holder = holder
         self._budgets = Budgets(sessions, settings.stop_grace_s)
         self._tidy = Tidy(sessions, storage, settings) if storage else None
-        self._policy = PolicySettings(grace_s=settings.stop_grace_s)
+        self._policy = policy_settings(settings)
         self._mirror = queue.Mirror()
         self._mirrored: int | None = None
         """Epoch in which the mirror was begun: what another leader did in between is not in it."""

@@ -158,7 +158,24 @@ class Retention(_Settings):
     """How often the whole store is listed to find them."""
 
 
-class SchedulerSettings(DatabaseSettings, RedisSettings, Clocks, Retention, OpsSettings):
+class Fairness(_Settings):
+    """Constants of the scheduling policy; docs/scheduler.md says what each does and why it has this value."""
+
+    tau_s: float = Field(default=600, gt=0)
+    """How far ahead a project's share looks. Keep it at or below the length of a typical job."""
+    queue_depth: int = Field(default=100, ge=1)
+    """So many waiting jobs of each project are looked at in one pass."""
+    preemption: bool = True
+    min_runtime_s: float = Field(default=900, ge=0)
+    """A job has run so long, or three times what moving it costs, before it may be moved off its GPUs."""
+    max_preemptions: int = Field(default=3, ge=0)
+    """Of one job within the window; then it is left alone."""
+    preemption_window_s: float = Field(default=86400, gt=0)
+    gpu_sharing: bool = True
+    """Jobs of one project that agree to it may share a GPU."""
+
+
+class SchedulerSettings(DatabaseSettings, RedisSettings, Clocks, Retention, Fairness, OpsSettings):
     budget_s: float = 10
     """Pause between two looks at what projects have used of their budgets: they may pass them by so much."""
     decide_s: float = 2
