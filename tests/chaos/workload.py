@@ -116,10 +116,18 @@ class Workload:
 
     def drain(self, node: str) -> bool:
         """Every attempt there goes on elsewhere. False if nobody could be told."""
-        return self._ask("POST", f"/nodes/{node}/drain", expected=(404, 409)) is not None
+        return self._order(node, "drain")
 
     def take_back(self, node: str) -> bool:
-        return self._ask("POST", f"/nodes/{node}/uncordon", expected=(404, 409)) is not None
+        return self._order(node, "uncordon")
+
+    def _order(self, node: str, what: str) -> bool:
+        """As an operator, who tries again for a while; 409 is a node that is down."""
+        for _ in range(30):
+            if self._ask("POST", f"/nodes/{node}/{what}", expected=(404, 409)) is not None:
+                return True
+            time.sleep(0.3)
+        return False
 
     def _submit_on(self) -> None:
         while not self._over.wait(0.1):
