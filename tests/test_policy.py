@@ -317,3 +317,11 @@ def test_the_order_of_rows_does_not_matter():
     one = schedule(world(nodes, jobs, held))
     other = schedule(world(nodes[::-1], jobs[::-1], held))
     assert one == other
+
+
+def test_a_key_says_nothing_while_engines_are_off():
+    jobs = [job(n, need=10 + n, engine_key="llama", engine_bytes=GIB) for n in range(3)]
+    plan = schedule(world([node(80)], jobs, projects=(project(A, cap=1),)))
+    assert len(plan.starts) == 1
+    assert {code(plan, one) for one in jobs[1:]} == {WaitCode.PROJECT_CAP}
+    assert len(plan.explanations) == 1

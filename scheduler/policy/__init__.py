@@ -38,6 +38,7 @@ def schedule(snapshot: Snapshot, *, explained: bool = True) -> Plan:
         world.sizes,
         projects,
         organizations,
+        snapshot.settings.engines,
     )
 
 

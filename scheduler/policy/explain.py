@@ -40,7 +40,9 @@ def all_that_wait(
                 continue
             longest[kind] = job
         seen = {
-            names.get(kind) or names.setdefault(kind, shape(job, world.sizes)): job for kind, job in longest.items()
+            names.get(kind)
+            or names.setdefault(kind, shape(job, world.sizes, engines=world.snapshot.settings.engines)): job
+            for kind, job in longest.items()
         }
         explanations += [Explanation(project_id, name, told.reason(job, name)) for name, job in sorted(seen.items())]
     return tuple(explanations), tuple(waits)

@@ -178,9 +178,14 @@ class World:
 
     def kind(self, job: JobView) -> Kind:
         """Jobs of one kind fit the same places. As `contracts.scheduling.shape`, but quick."""
-        shared = job.shareable or job.engine_key is not None
+        key = job.engine_key if self.snapshot.settings.engines else None
+        shared = job.shareable or key is not None
         size = job.required_bytes if shared else bisect_left(self.sizes, job.required_bytes)
-        return job.gpus, size, job.gpu_class, job.labels, job.shareable, job.engine_key, job.urgent
+        return job.gpus, size, job.gpu_class, job.labels, job.shareable, key, job.urgent
+
+    def shares(self, job: JobView) -> bool:
+        """It may hold less than a whole device."""
+        return job.shareable or (self.snapshot.settings.engines and job.engine_key is not None)
 
     def parties(self, job: JobView) -> tuple[Party, Party]:
         """The job's project and organization."""
@@ -193,7 +198,7 @@ class World:
         best: tuple[object, ...] | None = None
         chosen: Place | None = None
         key: tuple[object, ...] = ()
-        kind = self.kind(job), job.project_id if job.shareable or job.engine_key else None
+        kind = self.kind(job), job.project_id if self.shares(job) else None
         if kind in self._nowhere:
             return None
         for key, place in self._places(job):
@@ -206,7 +211,7 @@ class World:
 
     def fits(self, job: JobView) -> bool:
         """As `place`, but for reservations and caps."""
-        kind = self.kind(job), job.project_id if job.shareable or job.engine_key else None
+        kind = self.kind(job), job.project_id if self.shares(job) else None
         if kind in self._nowhere:
             return False
         if any(True for _ in self._places(job)):
@@ -217,7 +222,7 @@ class World:
     def cost(self, job: JobView) -> float:
         """Of a second, on the cheapest class that could take it. What shares a device costs less; how much less
         depends on the device."""
-        if job.shareable or job.engine_key:
+        if self.shares(job):
             return 0.0
         key = job.gpus, job.gpu_class, job.labels
         if (found := self._costs.get(key)) is None:

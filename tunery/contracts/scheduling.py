@@ -324,6 +324,7 @@ class Plan:
     """Usable bytes of the devices there are, ascending: what `shape` was made with."""
     projects: tuple[Standing, ...] = ()
     organizations: tuple[Standing, ...] = ()
+    engines: bool = False
 
     def reasons(self, jobs: Iterable[JobView]) -> dict[uuid.UUID, Reason]:
         """Of every job in `jobs` that this plan leaves waiting: its one reason."""
@@ -331,20 +332,21 @@ class Plan:
         own = {wait.job_id: wait.reason for wait in self.waits}
         by_shape = {(one.project_id, one.shape): one.reason for one in self.explanations}
         return {
-            job.id: own.get(job.id) or by_shape[job.project_id, shape(job, self.sizes)]
+            job.id: own.get(job.id) or by_shape[job.project_id, shape(job, self.sizes, engines=self.engines)]
             for job in jobs
             if job.id not in started
         }
 
 
-def shape(job: JobView, sizes: Sequence[int]) -> str:
+def shape(job: JobView, sizes: Sequence[int], *, engines: bool = False) -> str:
     """What decides where a job fits, in words: equal for jobs that fit the same places. `sizes` ascend.
 
     A job that has its GPUs to itself fits wherever the device is large enough, so its bytes count only as the
-    smallest device that holds it; one that shares, by its own bytes.
+    smallest device that holds it; one that shares, by its own bytes. `engines`: whether jobs join resident bases.
     """
+    joins = engines and job.engine_key is not None
     place = bisect_left(sizes, job.required_bytes)
-    size = job.required_bytes if job.shareable or job.engine_key else sizes[place] if place < len(sizes) else -1
+    size = job.required_bytes if job.shareable or joins else sizes[place] if place < len(sizes) else -1
     parts = [f"{job.gpus}x{size}", job.gpu_class or "any", *(f"{key}={value}" for key, value in sorted(job.labels))]
-    marks = "".join(mark for mark, on in (("u", job.urgent), ("s", job.shareable), ("e", bool(job.engine_key))) if on)
+    marks = "".join(mark for mark, on in (("u", job.urgent), ("s", job.shareable), ("e", joins)) if on)
     return "|".join([*parts, marks]) if marks else "|".join(parts)
