@@ -29,7 +29,8 @@ class Room:
         self._by_node: dict[uuid.UUID, list[tuple[int, RunningView]]] = defaultdict(list)
         """Mask of the devices, and who holds them."""
         self._movable: set[uuid.UUID] = set()
-        self._tenants: set[uuid.UUID] = set()
+        self._nodes_of: dict[uuid.UUID, set[uuid.UUID]] = defaultdict(set)
+        """By project: the nodes from which it might be moved off."""
         if settings.preemption:
             for node in world.nodes.values():
                 for one in node.occupants:
@@ -37,7 +38,8 @@ class Room:
                         self._by_node[node.view.id].append((one.mask, one.view))
                         if self._may_be_moved(one.view):
                             self._movable.add(one.view.attempt_id)
-                            self._tenants.add(one.project_id)
+                            self._nodes_of[one.project_id].add(node.view.id)
+        self._tenants = [(one, world.projects[one]) for one in sorted(self._nodes_of)]
 
     def _may_be_moved(self, view: RunningView) -> bool:
         settings, now = self._world.snapshot.settings, self._world.snapshot.now
@@ -64,13 +66,14 @@ class Room:
         project, organization = world.parties(job)
         by_right = project.guaranteed(cost) or organization.guaranteed(cost)
         kind = PreemptKind.GUARANTEE if by_right else PreemptKind.FAIR_SHARE
-        givers = {one for one in self._tenants if self._may_give(job, cost, kind, world.projects[one], 0.0, {})}
+        givers = self._givers(job, cost, kind)
         if not givers:
             return None
         best: tuple[float, ...] | None = None
         chosen: Found | None = None
+        near = set().union(*(self._nodes_of[one] for one in givers))
         for node in world.nodes.values():
-            if not node.could_run(job) or not any(one.project_id in givers for _, one in self._by_node[node.view.id]):
+            if node.view.id not in near or not node.could_run(job):
                 continue
             found = self._on(node, job, cost, kind, givers)
             if found is not None:
@@ -80,6 +83,20 @@ class Room:
                     best, chosen = key, (kind, node, victims, mask)
         return chosen
 
+    def _givers(self, job: JobView, cost: float, kind: PreemptKind) -> set[uuid.UUID]:
+        """Projects that could lose something to the job. Most of a balanced cluster's cannot: seen by four numbers."""
+        mine, organization = self._world.parties(job)
+        found = self._tenants
+        if kind is PreemptKind.FAIR_SHARE:
+            served, after = mine.service / mine.view.weight, (mine.rate + cost) / mine.view.weight - EPSILON
+            found = [
+                (id, party)
+                for id, party in found
+                if party.view.organization_id != organization.view.id
+                or (party.rate >= after * party.view.weight and party.service > served * party.view.weight)
+            ]
+        return {id for id, party in found if self._may_give(job, cost, kind, party, 0.0, {})}
+
     def _on(
         self, node: Node, job: JobView, cost: float, kind: PreemptKind, givers: set[uuid.UUID]
     ) -> tuple[list[RunningView], int] | None:
@@ -87,6 +104,8 @@ class Room:
         candidates = [
             view for _, view in here if view.project_id in givers and view.attempt_id in self._movable - self._asked
         ]
+        if self._free(node, job, candidates).bit_count() < job.gpus:
+            return None  # not even if all of them left
         candidates.sort(key=self._rank)
         chosen: list[RunningView] = []
         taken: dict[uuid.UUID, float] = {}
