@@ -91,8 +91,9 @@ class Disk:
         _run("mkfs.ext4", "-q", "-m", "0", str(self._image))
         _run("mount", "-o", "loop,noatime", str(self._image), str(at))
 
-    def freeze(self) -> None:
-        _run("fsfreeze", "--freeze", str(self.at))
+    def freeze(self) -> bool:
+        """False if it hangs already."""
+        return subprocess.run(["fsfreeze", "--freeze", str(self.at)], capture_output=True).returncode == 0
 
     def thaw(self) -> None:
         with suppress(subprocess.CalledProcessError):

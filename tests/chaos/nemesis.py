@@ -222,7 +222,8 @@ class Nemesis:
             return "no disk to hang", 0
         disk = self._random.choice(list(self.deployment.disks.values()))
         for_s = self._scale * self._random.uniform(0.3, 4)
-        disk.freeze()
+        if not disk.freeze():
+            return "disk hangs already", 0
         self.later(for_s, disk.thaw)
         return "disk hangs", for_s
 
