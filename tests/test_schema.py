@@ -183,7 +183,7 @@ def test_only_leases_write_the_state_of_jobs_and_attempts() -> None:
         for path in (ROOT / folder).rglob("*.py")
         if writes.search(path.read_text())
     }
-    assert found == {"tunery/leases.py"}
+    assert found == {"tunery/leases/holding.py", "tunery/leases/moves.py"}
 
 
 @pytest.mark.parametrize(
