@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psycopg
 from sqlalchemy import select, update
+from sqlalchemy.exc import SQLAlchemyError
 
 from tests.chaos import history, witness
 from tests.chaos.faults import PASS
@@ -190,14 +191,27 @@ class Deployment:
     def heal(self) -> None:
         for disk in self.disks.values():
             disk.thaw()
-        with transaction(self.fleet.owner) as session:
-            session.execute(update(Node).where(Node.state.in_(("cordoned", "draining"))).values(state="up"))
+        self._take_nodes_back()
         for ways in self.links.values():
             for proxy in ways.values():
                 proxy.set(PASS)
         for program in self.programs.values():
             if program.pid is None:
                 program.start()
+
+    def _take_nodes_back(self) -> None:
+        """As soon as the database answers: it may be the last victim."""
+        drained = update(Node).where(Node.state.in_(("cordoned", "draining"))).values(state="up")
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with transaction(self.fleet.owner) as session:
+                    session.execute(drained)
+                return
+            except SQLAlchemyError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
 
     def rest(self, workload: Workload, timeout_s: float = 180) -> list[str]:
         """Wait until every job has ended and nothing is held; what did not come to rest."""
