@@ -10,6 +10,7 @@ import uuid
 import structlog
 from pydantic import ValidationError
 
+from scheduler.forecast.child import Child
 from scheduler.metrics import Fleet, Leadership
 from scheduler.service import Scheduler
 from tunery import readiness
@@ -38,7 +39,7 @@ def main() -> int:
     doorbell = Doorbell(connect(settings.redis_url.get_secret_value()))
     bind_process(holder=holder)
     sessions = make_sessions(engine)
-    scheduler = Scheduler(sessions, doorbell, settings, holder, _storage())
+    scheduler = Scheduler(sessions, doorbell, settings, holder, _storage(), Child(holder))
     parts = [readiness.database(settings), readiness.redis(settings.redis_url), Part("loops", scheduler.loops)]
     collectors = [Leadership(lambda: scheduler.epoch), Fleet(sessions, settings.lease_s)]
     listen("scheduler", settings, Health(parts, scheduler.told), collectors)

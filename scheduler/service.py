@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from scheduler import metrics
 from scheduler.budgets import Budgets
+from scheduler.forecast.child import Child
 from scheduler.policy import schedule
 from scheduler.tidy import Tidy
 from tunery import (
@@ -82,6 +83,7 @@ class Scheduler:
         settings: SchedulerSettings,
         holder: str,
         storage: Storage | None = None,
+        forecaster: Child | None = None,
     ) -> None:
         self._sessions = sessions
         self._doorbell = doorbell
@@ -89,6 +91,7 @@ class Scheduler:
         self._holder = holder
         self._budgets = Budgets(sessions, settings.stop_grace_s)
         self._tidy = Tidy(sessions, storage, settings) if storage else None
+        self._forecaster = forecaster
         self._policy = policy_settings(settings)
         self._mirror = queue.Mirror()
         self._mirrored: int | None = None
@@ -132,6 +135,8 @@ class Scheduler:
             ("budgets", self.keep_budgets, self._settings.budget_s),
             ("drain", self.drain, self._settings.sweep_s),
         ]
+        if self._forecaster is not None:
+            loops.append(("forecast", self.keep_forecaster, self._settings.leader_renew_s))
         if self._tidy is not None:
             loops.append(("tidy", self.tidy, self._settings.tidy_s))
         else:
@@ -144,6 +149,8 @@ class Scheduler:
         self._wake()
         for thread in threads:
             thread.join(timeout=5)
+        if self._forecaster is not None:
+            self._forecaster.end()
         try:
             with transaction(self._sessions) as session:
                 queue.resign(session, self._holder)
@@ -332,6 +339,11 @@ class Scheduler:
         """Delete what may go."""
         if self._tidy is not None and (epoch := self._epoch) is not None:
             self._tidy.run(epoch)
+
+    def keep_forecaster(self) -> None:
+        """It forecasts while this scheduler leads."""
+        if self._forecaster is not None:
+            self._forecaster.keep(self._epoch is not None)
 
     def keep_budgets(self) -> None:
         """Tell, block and stop whoever has used a budget up."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
@@ -348,6 +348,20 @@ def free_bytes(node: FleetNode) -> int:
     with transaction(node.database.sessions("owner")) as session:
         gpu = session.get_one(Gpu, node.gpu_ids[0])
         return gpu.usable_bytes - gpu.reserved_bytes
+
+
+def end_everything(database: Database) -> None:
+    """Whatever other tests left waits, runs, leads and offers nothing any more."""
+    with owner(database) as session, session.begin():
+        for table, change, where in (
+            ("nodes", "removed_at = now()", "removed_at IS NULL"),
+            ("allocations", "released_at = now()", "released_at IS NULL"),
+            ("jobs", "state = 'cancelled', finished_at = now()", "finished_at IS NULL"),
+            ("attempts", "state = 'cancelled', ended_at = now(), lease_expires_at = NULL", "ended_at IS NULL"),
+            ("leader", "expires_at = now()", "true"),
+        ):
+            session.execute(text(f"UPDATE {table} SET {change} WHERE {where}"))
+        session.execute(text("DELETE FROM queue_questions"))
 
 
 def owner(database: Database) -> Session:

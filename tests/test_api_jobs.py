@@ -154,11 +154,12 @@ def test_a_waiting_job_says_why_and_where_it_stands(
         queue.record(session, epoch, Plan(waits=tuple(Wait(*wait) for wait in waits)), queue.Mirror())
     listed = {job["id"]: job["tunery"]["queue"] for job in client.get(JOBS).json()["data"]}
     reason = "needs 1 x 1.0 GiB; no node is up that has room on its disk"
-    assert listed[second.id] == {"reason": reason, "position": 2}
-    assert listed[first.id]["position"] == 1
+    assert listed[second.id]["reason"] == {"code": "no_node", "message": reason, "numbers": {}}
+    assert listed[second.id]["jobs_ahead"] == {"own": 1, "others": None}
+    assert listed[first.id]["jobs_ahead"]["own"] == 0 and listed[first.id]["estimated_start"] is None
     factories.assign(first)
     shown = client.get(f"{JOBS}/{first.id}").json()
-    assert "assigned to node" in shown["tunery"]["queue"]["reason"] and shown["status"] == "queued"
+    assert "assigned to node" in shown["tunery"]["queue"]["reason"]["message"] and shown["status"] == "queued"
 
 
 def test_a_running_job_says_how_far_it_is(

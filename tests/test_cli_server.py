@@ -100,7 +100,7 @@ def story() -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     steps = [(job(state="running", progress=progress(step)), []) for step in range(4, 40, 4)]
     return [
         (job(state="validating"), [event(1, "Created fine-tuning job")]),
-        (job(state="queued", queue={"reason": "needs 1 GPU; 0 free", "position": 2}), []),
+        (job(state="queued", queue={"reason": {"code": "busy", "message": "needs 1 GPU; 0 free"}, "position": 2}), []),
         (job(state="running", progress=progress(0, phase="loading")), [event(2, kind="phase", phase="loading")]),
         (
             job(state="running", progress=progress(0, phase="evaluating")),

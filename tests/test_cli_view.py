@@ -20,7 +20,7 @@ def test_the_live_line_says_everything_where_there_is_room() -> None:
     line = live_line(job(state="running", progress=progress(24)), 140, Text("⠋")).plain
     assert "running  step 24/40 ━━━━━━━━━━━━━" in line
     assert line.endswith("60%  loss 2.000  eval 1.311  2.1k tok/s  ETA 1m 20s")
-    queued = job(state="queued", queue={"reason": "needs 1 GPU; 0 free", "position": 2})
+    queued = job(state="queued", queue={"reason": {"code": "busy", "message": "needs 1 GPU; 0 free"}, "position": 2})
     assert live_line(queued, 140, Text("⠋")).plain.endswith("queued  position 2: needs 1 GPU; 0 free")
 
 

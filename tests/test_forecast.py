@@ -1,13 +1,12 @@
 """Simulated time only: what the simulation does to jobs, and what a forecast says of their starts."""
 
-import math
 import uuid
-from dataclasses import replace
 
-from scheduler.forecast import forecast
+from scheduler.forecast import Expected, forecast, what_if
 from scheduler.simulation import End, Simulation, Work
 from tests.test_policy import HOUR, NOW, A, B, job, node, project, running, world
 from tunery.contracts.scheduling import PolicySettings, Snapshot
+from tunery.forecasts import Arrival, Question
 
 OFF = PolicySettings(preemption=False)
 
@@ -66,32 +65,85 @@ def test_a_cancelled_job_gives_its_gpus_back():
     assert sim.fates[second.id].starts == [NOW + 110]
 
 
-def test_a_forecast_knows_the_jobs_ahead_and_how_long_the_running_one_has_run():
+def starts(seen: Snapshot, expected_s: Expected, of: uuid.UUID = A) -> list[tuple[float | None, float | None]]:
+    return [(one.start_p50, one.start_p90) for one in forecast(seen, expected_s)[of].jobs.values()]
+
+
+def test_a_forecast_knows_the_jobs_ahead_and_what_runs():
     place = node(80)
     held = running(place, 0, project=B, limit_s=9 * HOUR)
     first, second = job(1, limit_s=9 * HOUR), job(2, limit_s=9 * HOUR)
-    seen = world([place], [first, second], [held], settings=OFF)
-    certain = forecast(seen, {held.job_id: (2 * HOUR, 2 * HOUR), first.id: (600, 600)})
-    assert (certain[first.id].p50, certain[first.id].p90) == (NOW + HOUR, NOW + HOUR)
-    assert certain[second.id].p90 == NOW + HOUR + 600
-    vague = forecast(seen, {held.job_id: (2 * HOUR, 4 * HOUR), first.id: (600, 1200)})
-    assert NOW + HOUR / 2 < vague[first.id].p50 < vague[first.id].p90
-    assert vague[first.id].p50 + 300 < vague[second.id].p50
-    assert vague == forecast(seen, {held.job_id: (2 * HOUR, 4 * HOUR), first.id: (600, 1200)})
+    seen = world([place], [second, first], [held], settings=OFF)
+    certain = starts(seen, {held.job_id: (HOUR, HOUR), first.id: (600, 600)})
+    assert certain == [(NOW + HOUR, NOW + HOUR), (NOW + HOUR + 600, NOW + HOUR + 600)]
+    expected_s = {held.job_id: (HOUR, 3 * HOUR), first.id: (600, 1200)}
+    [(one_p50, one_p90), (other_p50, other_p90)] = starts(seen, expected_s)
+    assert NOW + HOUR / 2 < one_p50 < NOW + 2 * HOUR < one_p90 < NOW + 6 * HOUR
+    assert one_p50 + 300 < other_p50 and one_p90 < other_p90
+    assert starts(seen, expected_s) == [(one_p50, one_p90), (other_p50, other_p90)]
 
 
-def test_a_forecast_of_what_cannot_start_is_infinite_and_of_free_gpus_now():
+def test_positions_count_the_jobs_of_others_and_say_no_more():
+    jobs = [job(n, project=(A, B)[n % 2], limit_s=HOUR) for n in range(4)]
+    found = forecast(world([node(80)], jobs, settings=OFF), {})
+    ahead = [
+        (one.position, one.ahead_own, one.ahead_others) for one in (*found[A].jobs.values(), *found[B].jobs.values())
+    ]
+    assert sorted(ahead) == [(1, 0, 0), (2, 0, 1), (3, 1, 1), (4, 1, 2)]
+    assert found[A].jobs.keys() == {one.id for one in jobs if one.project_id == A}
+
+
+def test_what_cannot_start_has_no_time_and_what_may_start_at_once_has_this_one():
     small, large = job(1), job(2, need=200)
-    seen = world([node(80)], [small, large], settings=OFF)
-    found = forecast(seen, {})
-    assert (found[small.id].p50, found[large.id].p50) == (NOW, math.inf)
+    found = forecast(world([node(80)], [small, large], settings=OFF), {})[A].jobs
+    assert (found[small.id].start_p50, found[small.id].start_p90) == (NOW, NOW)
+    assert found[large.id].start_p50 is found[large.id].not_before is None
+    assert found[large.id].position == 2
 
 
-def test_a_forecast_looks_at_those_it_is_asked_about_and_no_further_than_allowed():
-    jobs = [job(n, limit_s=HOUR) for n in range(30)]
-    seen: Snapshot = replace(world([node(80)], jobs), settings=OFF)
-    found = forecast(seen, {one.id: (60, 60) for one in jobs}, [jobs[2].id, uuid.uuid4()], passes=10)
-    assert found.keys() == {jobs[2].id}
-    assert found[jobs[2].id].p50 == NOW + 120
-    far = forecast(seen, {one.id: (60, 60) for one in jobs}, passes=10)
-    assert far[jobs[29].id].p90 == math.inf
+def test_those_behind_the_first_are_told_a_time_before_which_they_do_not_start():
+    jobs = [job(n, limit_s=HOUR) for n in range(12)]
+    expected_s = {one.id: (600.0, 600.0) for one in jobs}
+    found = forecast(world([node(80)], jobs, settings=OFF), expected_s, told=5)[A]
+    assert found.jobs.keys() == {one.id for one in jobs[:5]}
+    assert (found.beyond.position, found.beyond.ahead_own) == (6, 5)
+    assert NOW + 4 * 600 <= found.beyond.not_before <= NOW + 5 * 600
+    certain = forecast(world([node(80)], jobs, settings=OFF), expected_s)[A].jobs
+    assert all(certain[one.id].start_p50 >= found.beyond.not_before for one in jobs[5:])
+
+
+def test_a_forecast_without_time_says_only_what_it_has_seen():
+    jobs = [job(n, limit_s=HOUR) for n in range(40)]
+    found = forecast(world([node(80)], jobs, settings=OFF), {}, budget_s=0)[A].jobs
+    assert found[jobs[0].id].start_p50 == NOW
+    assert found[jobs[39].id].start_p50 is None and found[jobs[39].id].not_before >= NOW
+
+
+def test_jobs_like_those_of_the_last_day_are_expected_again():
+    """A project that has had nothing goes before one that has had much."""
+    held = running(place := node(80), 0, project=A, limit_s=9 * HOUR)
+    mine = job(1, limit_s=HOUR)
+    tenants = project(A, service=1e6), project(B)
+    seen = world([place], [mine], [held], projects=tenants, settings=OFF)
+    recent = [Arrival(job(NOW - n * 300, project=B, limit_s=HOUR), (HOUR, HOUR)) for n in range(1, 200)]
+    expected_s = {held.job_id: (HOUR, HOUR), mine.id: (600.0, 600.0)}
+    alone = forecast(seen, expected_s)[A].jobs[mine.id]
+    crowded = forecast(seen, expected_s, recent)[A].jobs[mine.id]
+    assert alone.start_p90 == NOW + HOUR
+    assert crowded.start_p90 is not None and crowded.start_p90 >= NOW + 2 * HOUR
+    assert crowded.position == alone.position == 1
+
+
+def test_what_if_answers_in_steps_of_five_minutes_and_says_why():
+    place = node(80, 80)
+    held = running(place, 0, project=B, limit_s=9 * HOUR)
+    asked = job(0, gpus=2, limit_s=HOUR)
+    seen = world([place], [], [held], settings=OFF)
+    answer = what_if(seen, {held.job_id: (1234, 1234)}, Question(asked.id, asked, (600, 600)))
+    assert (answer.forecast.start_p50, answer.forecast.start_p90) == (1500, 1500)
+    assert (answer.forecast.position, answer.reason["code"]) == (1, "holds")
+    assert answer.reason["numbers"]["by"] % 300 == 0
+    free = what_if(seen, {held.job_id: (1234, 1234)}, Question(asked.id, job(0), (600, 600)))
+    assert (free.forecast.start_p50, free.forecast.start_p90, free.reason) == (0, 0, None)
+    never = what_if(seen, {}, Question(asked.id, job(0, need=500), (600, 600)))
+    assert (never.forecast.start_p50, never.reason["code"]) == (None, "too_large")

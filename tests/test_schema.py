@@ -117,7 +117,9 @@ def test_no_program_may_empty_or_change_a_table(database: Database, role: str) -
     query = """
         SELECT table_name, privilege_type FROM information_schema.role_table_grants
         WHERE grantee = :role AND privilege_type IN ('TRUNCATE', 'TRIGGER', 'REFERENCES', 'DELETE')"""
-    swept = {"outbox", "datasets", "object_deletions", "holds"} if role == "tunery_scheduler" else set()
+    swept = (
+        {"outbox", "datasets", "object_deletions", "holds", "queue_questions"} if role == "tunery_scheduler" else set()
+    )
     assert set(rows(database, query, role=role)) == {(table, "DELETE") for table in swept}
 
 

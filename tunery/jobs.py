@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select, text
+from sqlalchemy import ColumnElement, func, select, text
 from sqlalchemy.orm import Session
 
 from tunery import __version__, adapters, budgets, catalogue, events, files, ids, needs, recipes, tasks, usage, wake
@@ -19,7 +19,7 @@ from tunery.estimate.places import Ask
 from tunery.events import Entry
 from tunery.models import Attempt, BaseModel, Dataset, File, Job, Node, QueueView
 from tunery.recipes import Extension, Hyperparameters
-from tunery.states import TERMINAL, JobState
+from tunery.states import TERMINAL, AttemptState, JobState
 from tunery.tenancy import Identity
 
 LEAST_LIMIT_S = 60.0
@@ -64,7 +64,7 @@ def submit(
     """
     model = _usable_model(session, who, request.model)
     place, timing = request.extension.resources, request.extension.scheduling
-    _allowed(session, who, request.extension, model, max_gpus)
+    refuse_impossible(session, who, request.extension, model, max_gpus)
     training = _usable_file(session, who, request.training_file, "training_file")
     validation = None
     if request.validation_file is not None:
@@ -199,10 +199,29 @@ def attempts_of(
     return found
 
 
-def queue_positions(session: Session, project_id: uuid.UUID) -> dict[uuid.UUID, int]:
-    """This project's own waiting jobs, the first one 1. Other projects' jobs are not counted here."""
-    waiting = select(Job.id).where(Job.project_id == project_id, Job.state == JobState.QUEUED)
-    return {id: place for place, id in enumerate(session.scalars(waiting.order_by(Job.queued_at, Job.id)), 1)}
+def queue_ranks(session: Session, project_id: uuid.UUID, wanted: Sequence[uuid.UUID]) -> dict[uuid.UUID, int]:
+    """Of these jobs, those that wait: their places among this project's waiting jobs, the first one 1."""
+    ranked = select(Job.id, func.row_number().over(order_by=_QUEUE_ORDER).label("rank")).where(*_waits(project_id))
+    found = ranked.subquery()
+    query = select(found.c.id, found.c.rank).where(found.c.id.in_(wanted))
+    return dict(session.execute(query).tuples().all())
+
+
+def waiting_jobs(session: Session, project_id: uuid.UUID, limit: int) -> list[Job]:
+    """The first of this project's jobs that wait for GPUs, in its own order."""
+    query = select(Job).where(*_waits(project_id), Job.deleted_at.is_(None)).order_by(*_QUEUE_ORDER)
+    return list(session.scalars(query.limit(limit)))
+
+
+_QUEUE_ORDER = (Job.urgent.desc(), Job.priority.desc(), Job.queued_at, Job.id)
+"""As the policy takes the jobs of one project."""
+
+
+def _waits(project_id: uuid.UUID) -> tuple[ColumnElement[bool], ...]:
+    assigned = select(Attempt.job_id).where(
+        Attempt.project_id == project_id, Attempt.state == AttemptState.ASSIGNED, Attempt.job_id == Job.id
+    )
+    return Job.project_id == project_id, Job.state == JobState.QUEUED, ~assigned.exists()
 
 
 def queue_view(session: Session, project_id: uuid.UUID) -> dict[str, Any]:
@@ -302,7 +321,7 @@ def _usable_file(session: Session, who: Identity, file_id: str, param: str) -> F
     return file
 
 
-def _allowed(session: Session, who: Identity, asked: Extension, model: BaseModel, max_gpus: int) -> None:
+def refuse_impossible(session: Session, who: Identity, asked: Extension, model: BaseModel, max_gpus: int) -> None:
     """What the deployment grants to nobody, to operators only, or cannot have."""
     place = asked.resources
     if asked.scheduling.urgent:

@@ -116,6 +116,12 @@ def quote(session: Session, project_id: Any, asked: Request) -> Quote:
     )
 
 
+def rows_known(session: Session, project_id: Any, training_file: str) -> bool:
+    """Whether a job has had the rows of this file checked. Raises NotFound."""
+    file = files.get(session, project_id, training_file, param="training_file")
+    return datasets.find(session, project_id, file.sha256) is not None
+
+
 def _rule_of_thumb(parameters: int, rows: float, gpus: int) -> OnClass:
     hours = rows / SEED001_ROWS_PER_HOUR * parameters / SEED001_PARAMETERS / gpus
     amount = hours * gpus * SEED001_PRICE_PER_HOUR

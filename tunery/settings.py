@@ -125,6 +125,8 @@ class ApiSettings(DatabaseSettings, RedisSettings, StorageSettings, OpsSettings)
     drain_s: float = 0
     """So long after SIGTERM requests are still served while `/readyz` says no: load balancers take time to notice."""
     max_file_bytes: int = 512 * MIB
+    simulate_wait_s: float = Field(default=5, gt=0, le=30)
+    """How long the scheduler may take to say when a job would start. It needs less than two seconds."""
     max_live_jobs: int = 1000
     """Jobs of one project that have not ended."""
     max_gpus_per_job: int = Field(default=1, ge=1, le=64)
@@ -180,6 +182,8 @@ class SchedulerSettings(DatabaseSettings, RedisSettings, Clocks, Retention, Fair
     """Pause between two looks at what projects have used of their budgets: they may pass them by so much."""
     decide_s: float = 2
     """Pause between two passes of the policy, and between two looks into the outbox, when nothing wakes them sooner."""
+    forecast_s: float = Field(default=30, gt=0)
+    """Pause between two forecasts of when jobs start. One is shown for three times as long; 0.2 of it is computed."""
 
 
 class NodeSettings(DatabaseSettings, StorageSettings, Clocks, OpsSettings):

@@ -1,4 +1,4 @@
-"""Why a job waits, in words: each code of the policy's has one sentence, filled with the numbers of the moment.
+"""Why a job waits, in words, and what would help: each code has one sentence, filled with the numbers of the moment.
 
 code                            its numbers, all optional; times are seconds since the epoch
 too_large                       largest (bytes of the largest device), most (devices on one node that would do)
@@ -15,19 +15,37 @@ holds, preempting               by
 behind                          depth, ahead
 """
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from tunery.contracts.scheduling import JobView, Reason, WaitCode, shape
 
 GIB = 1 << 30
+MINUTE_S = 60
 Numbers = Mapping[str, Any]
 
 
-def message(reason: Reason, job: JobView) -> str:
-    """For the job's owner. Other projects' jobs are counted, never named."""
-    return _SENTENCES[reason.code](_need(job), dict(reason.numbers))
+def message(reason: Reason, job: JobView, now: float | None = None) -> str:
+    """For the job's owner. Other projects' jobs are counted, never named. `now`: seconds since the epoch."""
+    numbers = {"now": time.time() if now is None else now, **dict(reason.numbers)}
+    return _SENTENCES[reason.code](_need(job), numbers)
+
+
+def ahead(own: int, others: int) -> str:
+    """`; 2 jobs of your project and 3 of others are ahead`: the end of a sentence, empty where nobody is."""
+    told = [_count(own, "job") + " of your project"] if own else []
+    if others:
+        told.append(f"{others} of other projects" if told else _count(others, "job") + " of other projects")
+    return f"; {' and '.join(told)} {_are(own + others)} ahead" if told else ""
+
+
+def advice(reason: Reason, job: JobView) -> list[str]:
+    """What its owner, or an operator, could change; each a sentence that is true of this job now."""
+    numbers = dict(reason.numbers)
+    help_for = _ADVICE.get(reason.code)
+    return [*(help_for(job, numbers) if help_for else ()), *_choices(reason.code, job)]
 
 
 def reason_of(told: Mapping[str, Any], job: JobView) -> Reason | None:
@@ -104,7 +122,7 @@ def _no_slot(need: str, numbers: Numbers) -> str:
 
 
 def _reserved(need: str, numbers: Numbers) -> str:
-    until = f" until {_clock(numbers['until'])}" if numbers.get("until") else ""
+    until = f" until {_clock(numbers['until'], numbers['now'])}" if numbers.get("until") else ""
     limit_s = numbers.get("limit_s")
     shorter = f"; with a time limit of {_span(limit_s)} it would be let in before" if limit_s else ""
     return f"{need}; the free devices are kept for a job ahead of it{until}{shorter}"
@@ -145,6 +163,64 @@ _SENTENCES: dict[WaitCode, Sentence] = {
 }
 
 
+# ---- what would help --------------------------------------------------------------------------------------------
+
+
+def _shorter(_job: JobView, numbers: Numbers) -> Sequence[str]:
+    limit_s = numbers.get("limit_s") or 0
+    return [f"A time limit of {_span(limit_s)} or less would let it in before."] if limit_s >= MINUTE_S else []
+
+
+def _smaller(job: JobView, numbers: Numbers) -> Sequence[str]:
+    if numbers.get("most"):
+        return [f"Ask for {_count(numbers['most'], 'GPU')} or fewer; no node has more that would do."]
+    less = "A smaller base model or a shorter max_length needs less memory."
+    return [less, "Without the class it may find a larger device."] if job.gpu_class else [less]
+
+
+def _fewer(_job: JobView, numbers: Numbers) -> Sequence[str]:
+    most = numbers.get("most")
+    return [f"{_count(most, 'GPU')} on one node would be free now."] if most else []
+
+
+def _elsewhere(_job: JobView, _numbers: Numbers) -> Sequence[str]:
+    return ["Leave out the class or the labels that no node has; `tunery gpus` shows what there is."]
+
+
+_ADVICE: dict[WaitCode, Callable[[JobView, Numbers], Sequence[str]]] = {
+    WaitCode.RESERVED: _shorter,
+    WaitCode.TOO_LARGE: _smaller,
+    WaitCode.FRAGMENTED: _fewer,
+    WaitCode.NO_SUCH_PLACE: _elsewhere,
+    WaitCode.NO_NODE: lambda _job, _numbers: ["An operator has to bring a node up; `tunery nodes` shows them."],
+    WaitCode.UNAVAILABLE: lambda _job, _numbers: ["An operator has to return a node; `tunery nodes` shows them."],
+    WaitCode.BLOCKED: lambda _job, _numbers: ["`tunery budget` shows the numbers; an operator may raise it."],
+    WaitCode.PROJECT_CAP: lambda _job, _numbers: [
+        "It starts as your project's jobs end; an operator may raise the cap."
+    ],
+    WaitCode.ORGANIZATION_CAP: lambda _job, _numbers: [
+        "It starts as your organization's jobs end; an operator may raise the cap."
+    ],
+    WaitCode.RUNNING_LIMIT: lambda _job, _numbers: ["It starts when one of your project's jobs ends."],
+}
+
+
+def _choices(code: WaitCode, job: JobView) -> Sequence[str]:
+    """What it asks for that others do without."""
+    if code not in (WaitCode.BUSY, WaitCode.FRAGMENTED, WaitCode.RESERVED, WaitCode.NO_SLOT):
+        return []
+    found: list[str] = []
+    if job.gpus > 1 and code is not WaitCode.NO_SLOT:
+        found.append(f"Fewer than {job.gpus} GPUs find room sooner: they need not be free on one node at one time.")
+    if job.gpu_class is not None:
+        found.append(f"Without the class {job.gpu_class} any GPU with the memory would do.")
+    if job.labels:
+        found.append("Without its node labels any node would do.")
+    if not job.shareable and job.gpus == 1:
+        found.append("--shareable lets it run beside your project's other shareable jobs.")
+    return found
+
+
 # ---- words ------------------------------------------------------------------------------------------------------
 
 
@@ -175,17 +251,26 @@ def _amount(rate: float) -> str:
 
 
 def _by(numbers: Numbers) -> str:
-    return f", and it starts by {_clock(numbers['by'])}" if numbers.get("by") else ""
+    return f", and it starts by {_clock(numbers['by'], numbers['now'])}" if numbers.get("by") else ""
 
 
 def _free_at(numbers: Numbers) -> str:
-    return f"; a place is free by {_clock(numbers['free_at'])} at the latest" if numbers.get("free_at") else ""
+    return (
+        f"; a place is free by {_clock(numbers['free_at'], numbers['now'])} at the latest"
+        if numbers.get("free_at")
+        else ""
+    )
 
 
-def _clock(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
+def _clock(at: float, now: float) -> str:
+    """`10:45 UTC (in 41 min)`; with its date where that is another day."""
+    then, today = datetime.fromtimestamp(at, UTC), datetime.fromtimestamp(now, UTC)
+    text = then.strftime("%H:%M UTC" if then.date() == today.date() else "%Y-%m-%d %H:%M UTC")
+    return f"{text} (in {_span(at - now)})" if at - now >= MINUTE_S else f"{text} (any moment)"
 
 
 def _span(seconds: float) -> str:
-    minutes = int(seconds // 60)
+    minutes = int(seconds // MINUTE_S)
+    if minutes >= 48 * 60:
+        return f"{minutes // (24 * 60)} d {minutes // 60 % 24} h"
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -5,6 +5,7 @@ Only a hint: a lost one costs the pause between two looks. So nothing breaks beh
 
 import threading
 from collections.abc import Callable
+from typing import LiteralString
 
 import psycopg
 import structlog
@@ -16,6 +17,7 @@ from sqlalchemy.orm import Session
 log = structlog.get_logger(__name__)
 
 _CHANNEL = "tunery_scheduler"
+_QUESTIONS = "tunery_questions"
 _LOOK_UP_S = 5.0
 _AGAIN_S = 2.0
 
@@ -26,23 +28,37 @@ def scheduler(session: Session) -> None:
         session.execute(text(f"SELECT pg_notify('{_CHANNEL}', '')"))
 
 
+def forecaster(session: Session) -> None:
+    """Somebody asks what would become of a job, and waits for the answer."""
+    session.execute(text(f"SELECT pg_notify('{_QUESTIONS}', '')"))
+
+
 def listen(engine: Engine, heard: Callable[[], None], stop: threading.Event) -> None:
+    """Call `heard` at each tap of the scheduler; see `_listen`."""
+    _listen(engine, _CHANNEL, heard, stop)
+
+
+def listen_for_questions(engine: Engine, heard: Callable[[], None], stop: threading.Event) -> None:
+    _listen(engine, _QUESTIONS, heard, stop)
+
+
+def _listen(engine: Engine, channel: LiteralString, heard: Callable[[], None], stop: threading.Event) -> None:
     """Call `heard` at each tap, and whenever some may have been missed, until `stop` is set."""
     while not stop.is_set():
         try:
-            _listen_once(engine, heard, stop)
+            _listen_once(engine, channel, heard, stop)
         except (DBAPIError, psycopg.Error, OSError) as error:
             log.warning("not woken by the database meanwhile; looking now and then", error=str(error).strip()[:200])
             stop.wait(_AGAIN_S)
 
 
-def _listen_once(engine: Engine, heard: Callable[[], None], stop: threading.Event) -> None:
+def _listen_once(engine: Engine, channel: LiteralString, heard: Callable[[], None], stop: threading.Event) -> None:
     with engine.connect() as borrowed:
         connection = borrowed.execution_options(isolation_level="AUTOCOMMIT")
         driver = connection.connection.driver_connection
         assert isinstance(driver, psycopg.Connection)
         connection.detach()  # closed afterwards: nobody else should inherit what it listens to
-        driver.execute(f"LISTEN {_CHANNEL}")
+        driver.execute(f"LISTEN {channel}")
         heard()
         while not stop.is_set():
             for _ in driver.notifies(timeout=_LOOK_UP_S, stop_after=1):

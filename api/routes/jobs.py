@@ -8,7 +8,7 @@ import structlog
 from fastapi import APIRouter, Depends, Query, Request
 from sqlalchemy.orm import Session
 
-from api import logs, pages
+from api import logs, pages, waits
 from api.deps import JobId, Scope, SessionDep, SettingsDep, StorageDep, Tenant, TenantDep
 from api.documentation import problems
 from api.schemas.common import Deleted, Page
@@ -140,18 +140,14 @@ def read_job_log(
 
 
 def _shown(session: Session, tenant: Tenant, storage: Storage, rows: Sequence[Job]) -> list[JobOut]:
-    """Four queries for a whole page, not four for each of its jobs."""
+    """A few queries for a whole page, not four for each of its jobs."""
     wanted: list[uuid.UUID] = [row.id for row in rows]
     attempts = jobs.attempts_of(session, tenant.project_id, wanted)
-    positions = jobs.queue_positions(session, tenant.project_id)
-    told = jobs.queue_view(session, tenant.project_id)
+    told = waits.told(session, tenant.project_id, rows)
     published = adapters.of_jobs(session, tenant.project_id, wanted)
     used = ledger.of_jobs(session, tenant.project_id, wanted)
     return [
-        job_out(
-            row, attempts.get(row.id, []), positions.get(row.id), told, published.get(row.id), storage, used.get(row.id)
-        )
-        for row in rows
+        job_out(row, attempts.get(row.id, []), told, published.get(row.id), storage, used.get(row.id)) for row in rows
     ]
 
 

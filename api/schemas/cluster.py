@@ -102,15 +102,15 @@ class PoolOut(Out):
     """The same of your own project."""
 
 
-class QueueOut(PoolOut):
+class CountsOut(PoolOut):
     object: Literal["queue"] = "queue"
     pools: dict[str, PoolOut]
     """By GPU class. A job that takes any class waits in each of them."""
 
 
-def queue_out(queue: Queue) -> QueueOut:
+def counts_out(queue: Queue) -> CountsOut:
     pools = {name: PoolOut(**_pool(pool)) for name, pool in queue.pools.items()}
-    return QueueOut(**_pool(queue.total), pools=pools)
+    return CountsOut(**_pool(queue.total), pools=pools)
 
 
 def _pool(pool: Pool) -> dict[str, Any]:

@@ -123,12 +123,12 @@ def request_of(body: JobIn) -> Request:
         suffix=body.suffix,
         seed=body.seed,
         metadata=body.metadata,
-        hyperparameters=_hyperparameters(body),
+        hyperparameters=hyperparameters_of(body),
         extension=body.tunery or Extension(),
     )
 
 
-def _hyperparameters(body: JobIn) -> recipes.Hyperparameters:
+def hyperparameters_of(body: JobIn) -> recipes.Hyperparameters:
     method = body.method
     if method is not None and method.type != "supervised":
         message = f"The method '{method.type[:40]}' is not supported yet."

@@ -7,10 +7,11 @@ from pydantic import Field
 
 from api.schemas.common import Out, unix, unix_or_none
 from api.schemas.usage import CostOut, cost_out
-from tunery import ids, waiting
+from api.schemas.waits import Told, WaitOut, wait_out
+from tunery import ids
 from tunery.adapters import AdapterVersion
 from tunery.events import Event
-from tunery.jobs import AttemptView, Job, view_of
+from tunery.jobs import AttemptView, Job
 from tunery.ledger import Used
 from tunery.progress import OPENAI_NAMES, Checkpoint
 from tunery.states import OPENAI_STATUS, TERMINAL, JobState
@@ -30,13 +31,6 @@ class SupervisedOut(Out):
 class MethodOut(Out):
     type: Literal["supervised"] = "supervised"
     supervised: SupervisedOut
-
-
-class QueueOut(Out):
-    """Why the job waits, and how many of its own project's waiting jobs come before it, plus one."""
-
-    reason: str
-    position: int
 
 
 class ProgressOut(Out):
@@ -101,7 +95,8 @@ class JobExtra(Out):
     """What a job says beyond OpenAI's fields."""
 
     state: JobState
-    queue: QueueOut | None
+    queue: WaitOut | None
+    """While it waits for GPUs: why, its place, and when it starts."""
     progress: ProgressOut | None
     attempts: list[AttemptOut]
     recipe: dict[str, Any] | None
@@ -171,13 +166,11 @@ class LogOut(Out):
 def job_out(
     job: Job,
     attempts: list[AttemptView],
-    position: int | None,
-    told: dict[str, Any],
+    told: Told,
     published: tuple[AdapterVersion, str] | None,
     storage: Storage,
     used: Used | None = None,
 ) -> JobOut:
-    """`told`: what the scheduler said of the project's queue; `jobs.queue_view`."""
     progress = _progress(job)
     eta = progress.eta_seconds if progress else None
     return JobOut(
@@ -202,12 +195,12 @@ def job_out(
         user_provided_suffix=job.suffix,
         tunery=JobExtra(
             state=JobState(job.state),
-            queue=_queue(job, attempts, position, told),
+            queue=wait_out(job, attempts, told),
             progress=progress,
             attempts=[_attempt(view) for view in attempts],
             recipe=job.recipe,
-            resources=_resources(job),
-            scheduling=_scheduling(job),
+            resources=resources_out(job),
+            scheduling=scheduling_out(job),
             platform=job.platform,
             adapter=_adapter(published, storage) if published else None,
             cost=cost_out(used),
@@ -262,18 +255,6 @@ def _error(job: Job) -> JobErrorOut | None:
     return JobErrorOut(code=job.error_code, message=job.error_message or job.error_code, param=job.error_param)
 
 
-def _queue(job: Job, attempts: list[AttemptView], position: int | None, told: dict[str, Any]) -> QueueOut | None:
-    if job.state != JobState.QUEUED or position is None:
-        return None
-    newest = attempts[-1] if attempts else None
-    if newest is not None and newest.attempt.ended_at is None:
-        return QueueOut(reason=f"assigned to node {newest.node}, which has not begun yet", position=position)
-    view = view_of(job)
-    reason = waiting.reason_of(told, view)
-    words = waiting.message(reason, view) if reason else "the scheduler has not looked at it yet"
-    return QueueOut(reason=words, position=position)
-
-
 def _progress(job: Job) -> ProgressOut | None:
     if (said := job.progress) is None:
         return None
@@ -299,7 +280,7 @@ def _eta_s(job: Job, step: int, total: int | None, seconds_per_step: float | Non
     return round(max(0, total - step) * seconds_per_step)
 
 
-def _resources(job: Job) -> ResourcesOut:
+def resources_out(job: Job) -> ResourcesOut:
     return ResourcesOut(
         gpus=job.gpus,
         gpu_class=job.gpu_class,
@@ -309,7 +290,7 @@ def _resources(job: Job) -> ResourcesOut:
     )
 
 
-def _scheduling(job: Job) -> SchedulingOut:
+def scheduling_out(job: Job) -> SchedulingOut:
     return SchedulingOut(
         priority=job.priority,
         time_limit=job.time_limit_s,

@@ -21,6 +21,7 @@ from tunery.cli import (
     models,
     nodes,
     projects,
+    queue,
     terminal,
     usage,
 )
@@ -29,7 +30,7 @@ from tunery.cli.failures import explained
 _SECTIONS = {
     "A server on this machine": ("up", "down", "status", "doctor", "logs", "db"),
     "Account": ("login", "logout", "whoami"),
-    "Fine-tuning": ("models", "files", "jobs", "adapters"),
+    "Fine-tuning": ("models", "files", "jobs", "queue", "adapters"),
     "Machines": ("nodes", "node", "gpus"),
     "Who gets what": ("usage", "budget", "storage", "project", "org", "audit"),
 }
@@ -40,6 +41,7 @@ _JOBS = (
     "wait",
     "list",
     "show",
+    "why",
     "logs",
     "events",
     "checkpoints",
@@ -150,6 +152,7 @@ account.register(app)
 app.add_typer(models.app, name="models")
 app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(queue.app, name="queue")
 app.add_typer(adapters.app, name="adapters")
 usage.register(app)
 nodes.register(app)

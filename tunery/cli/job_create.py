@@ -78,22 +78,10 @@ def create(
     quiet: Quiet = False,
 ) -> None:
     """Start a fine-tuning job. A local file is uploaded first."""
+    given = dict(locals())
     if wait + watch + detach > 1:
         raise typer.BadParameter("choose one of --wait, --watch and --detach")
-    settings = _sections(recipe)
-    _overlay(settings, "adapter", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=_modules(target_modules))
-    _overlay(settings, "training", max_length=max_length, max_steps=max_steps)
-    _overlay(settings, "training", eval_steps=eval_steps, save_steps=save_steps)
-    _overlay(settings, "evaluation", samples=samples, exact_match=exact_match)
-    labels = pairs(node_label, "--node-label") if node_label else None
-    _overlay(settings, "resources", gpus=gpus, gpu_class=gpu_class, node_labels=labels, shareable=shareable)
-    _overlay(settings, "scheduling", priority=priority, time_limit=time_limit, preemptible=preemptible)
-    _overlay(settings, "scheduling", urgent=urgent or None)
-    body: dict[str, Any] = {"model": model, "training_file": training, "validation_file": validation}
-    body |= {"suffix": suffix, "seed": _seed(settings, seed), "metadata": pairs(metadata or []) or None}
-    body["method"] = _method(settings, epochs, batch_size, lr, lr_multiplier)
-    body["tunery"] = {name: section for name, section in settings.items() if section} or None
-    body = {name: value for name, value in body.items() if value is not None}
+    body = request_of(given)
     local = _local_files(training, validation)
     if dry_run:
         json_out(body)
@@ -104,6 +92,52 @@ def create(
     api = config.client()
     job = _submit(api, body, local)
     _follow_or_leave(api, job, wait=wait, watch=watch, as_json=as_json, quiet=quiet)
+
+
+def request_of(given: dict[str, Any]) -> dict[str, Any]:
+    """The API's request, from the options of `create`; files are still named as they were given."""
+    settings = _sections(given["recipe"])
+    _overlay(
+        settings,
+        "adapter",
+        r=given["r"],
+        lora_alpha=given["alpha"],
+        lora_dropout=given["dropout"],
+        target_modules=_modules(given["target_modules"]),
+    )
+    _overlay(settings, "training", max_length=given["max_length"], max_steps=given["max_steps"])
+    _overlay(settings, "training", eval_steps=given["eval_steps"], save_steps=given["save_steps"])
+    _overlay(settings, "evaluation", samples=given["samples"], exact_match=given["exact_match"])
+    labels = pairs(given["node_label"], "--node-label") if given["node_label"] else None
+    _overlay(
+        settings,
+        "resources",
+        gpus=given["gpus"],
+        gpu_class=given["gpu_class"],
+        node_labels=labels,
+        shareable=given["shareable"],
+    )
+    _overlay(
+        settings,
+        "scheduling",
+        priority=given["priority"],
+        time_limit=given["time_limit"],
+        preemptible=given["preemptible"],
+    )
+    _overlay(settings, "scheduling", urgent=given["urgent"] or None)
+    body: dict[str, Any] = {
+        "model": given["model"],
+        "training_file": given["training"],
+        "validation_file": given["validation"],
+    }
+    body |= {
+        "suffix": given["suffix"],
+        "seed": _seed(settings, given["seed"]),
+        "metadata": pairs(given["metadata"] or []) or None,
+    }
+    body["method"] = _method(settings, given["epochs"], given["batch_size"], given["lr"], given["lr_multiplier"])
+    body["tunery"] = {name: section for name, section in settings.items() if section} or None
+    return {name: value for name, value in body.items() if value is not None}
 
 
 def _submit(api: "Client", body: dict[str, Any], local: dict[str, Path]) -> "Job":

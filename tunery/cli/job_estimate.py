@@ -47,7 +47,7 @@ def estimate(
     body["parameters"] = None if parameters is None else round(parameters)
     if training is not None:
         path = Path(training)
-        body |= _counted(path) if path.exists() else {"training_file": refs.file(api, training)["id"]}
+        body |= counted(path) if path.exists() else {"training_file": refs.file(api, training)["id"]}
     body["hyperparameters"] = {"n_epochs": epochs} if epochs else None
     sections = {
         "adapter": {"r": r},
@@ -68,7 +68,7 @@ def estimate(
     )
 
 
-def _counted(path: Path) -> dict[str, Any]:
+def counted(path: Path) -> dict[str, Any]:
     """Rows of a local file and their bytes; it stays where it is."""
     count = total = longest = 0
     with files.local_file(path).open("rb") as lines:

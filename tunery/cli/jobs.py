@@ -1,19 +1,22 @@
 """`jobs`: list, show, cancel, checkpoints. Creating and following have modules of their own."""
 
 import contextlib
-from typing import TYPE_CHECKING, Annotated
+import time
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tunery.cli import config, refs
 from tunery.cli.options import All, JobRef, Json, Limit, Quiet, group, take
 from tunery.cli.show import ago, date, duration, fields, listing, number, size, table, unix
-from tunery.cli.terminal import data, done, json_out, one_line, say
+from tunery.cli.terminal import clean, data, done, json_out, one_line, say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from tunery.client.shapes import Attempt, Checkpoint, Cost, Job, Progress
+    from tunery.client.shapes import Attempt, Checkpoint, Cost, Job, Progress, StartTimes, Wait
+
+MINUTE_S = 60
 
 app = group("Fine-tuning jobs: create, watch, wait, logs and the rest.")
 
@@ -80,7 +83,7 @@ def show(job: JobRef, as_json: Json = False) -> None:
 def _about(job: "Job") -> list[tuple[str, object]]:
     extra, progress, error = job.get("tunery", {}), progress_of(job), job.get("error") or {}
     queue, adapter = extra.get("queue") or {}, extra.get("adapter") or {}
-    waits = f"position {queue.get('position')}: {queue.get('reason')}" if queue else None
+    waits, starts = (queue.get("reason") or {}).get("message"), starts_in(queue.get("estimated_start"))
     total, tokens = progress.get("total_steps"), job.get("trained_tokens")
     step = f"{progress.get('step', 0)} of {total}" if total else None
     made = f"{adapter.get('name')} v{adapter.get('version')}, {size(adapter.get('bytes'))}" if adapter else None
@@ -89,6 +92,8 @@ def _about(job: "Job") -> list[tuple[str, object]]:
         ("id", job["id"]),
         ("state", state_of(job)),
         ("waits", waits),
+        ("place", place_of(queue) if queue else None),
+        ("starts", starts if queue else None),
         ("error", f"{error.get('message')} [{error.get('code')}]" if error else None),
         ("phase", progress.get("phase")),
         ("step", step),
@@ -110,9 +115,47 @@ def _about(job: "Job") -> list[tuple[str, object]]:
     ]
 
 
+def place_of(wait: "Wait") -> str | None:
+    """`4th: 1 job of yours and 2 of other projects come before it`."""
+    ahead, position = wait.get("jobs_ahead") or {}, wait.get("position")
+    own, others = ahead.get("own") or 0, ahead.get("others")
+    told = [f"{own} of your project's"] if own else []
+    told += [f"{others} of other projects'"] if others else []
+    before = f"{' and '.join(told)} before it" if told else "none before it" if others is not None else None
+    return ", ".join(part for part in (f"position {position}" if position else None, before) if part) or None
+
+
+def starts_in(times: "StartTimes | None", now: float | None = None) -> str | None:
+    """`in 41m (9 of 10 times before 1h 20m)`. `now`: 0 where the times are seconds from now."""
+    if times is None:
+        return None
+    passed = time.time() if now is None else now
+    p50, p90, least = (times.get(name) for name in ("p50", "p90", "not_before"))
+    if p50 is not None:
+        first = "now" if p50 - passed < MINUTE_S else f"in {about(p50 - passed)}"
+        second = (
+            f" (9 times in 10 within {about(p90 - passed)})" if p90 is not None and p90 - passed >= MINUTE_S else ""
+        )
+        return first + second
+    return f"not before {about(least - passed)} from now" if least is not None else None
+
+
+def about(seconds: float) -> str:
+    """`41m`, `2h 05m`, `3d 4h`: nobody waits for a forecast to the second."""
+    minutes = max(1, round(seconds / MINUTE_S))
+    if minutes < 60:
+        return f"{minutes}m"
+    if minutes < 48 * 60:
+        return f"{minutes // 60}h {minutes % 60:02d}m"
+    return f"{minutes // 1440}d {minutes // 60 % 24}h"
+
+
 def asked_of(job: "Job") -> str:
     """Of the scheduler, where it is not the usual; memory once it is known."""
-    where, when = job.get("tunery", {}).get("resources") or {}, job.get("tunery", {}).get("scheduling") or {}
+    return asks(job.get("tunery", {}).get("resources") or {}, job.get("tunery", {}).get("scheduling") or {})
+
+
+def asks(where: "Mapping[str, Any]", when: "Mapping[str, Any]") -> str:
     memory, gpus = where.get("gpu_bytes"), where.get("gpus", 1)
     shown = [f"{gpus} GPU{'s' if gpus > 1 else ''}" + (f" with {size(memory)}" if memory else "")]
     shown += [f"class {name}" for name in [where.get("gpu_class")] if name]
@@ -187,6 +230,35 @@ def cancel(jobs: PLURAL, as_json: Json = False, quiet: Quiet = False) -> None:
         if not quiet:
             with contextlib.suppress(BrokenPipeError):
                 done(f"{job['id']} is {state_of(job)}")
+
+
+@app.command("why")
+def why(job: JobRef, as_json: Json = False) -> None:
+    """Say why a job waits, when it will start, and what would help."""
+    found = refs.job(config.client(), job)
+    wait = found.get("tunery", {}).get("queue")
+    if as_json:
+        json_out(wait)
+        return
+    state = state_of(found)
+    if wait is None:
+        say(f"{found['id']} is {state}: it does not wait for GPUs")
+        return
+    limit = found.get("tunery", {}).get("scheduling", {}).get("limit_s")
+    rows = [
+        ("job", found["id"]),
+        ("waits", (wait.get("reason") or {}).get("message")),
+        ("place", place_of(wait)),
+        (
+            "starts",
+            starts_in(wait.get("estimated_start")) or "not known yet: the scheduler forecasts every half minute",
+        ),
+        ("asked for", asked_of(found)),
+        ("time limit", duration(limit) if limit else None),
+    ]
+    fields(rows)
+    for line in wait.get("advice") or []:
+        data(f"  - {clean(line)}")
 
 
 @app.command("priority")

@@ -44,7 +44,7 @@ class PlainView:
             if line:
                 self.say(line)
         queue = job.get("tunery", {}).get("queue") or {}
-        now = (state_of(job), queue.get("reason"))
+        now = (state_of(job), (queue.get("reason") or {}).get("code"))
         if now != self._told:
             self._told = now
             self.say(entry(None, state_of(job), waiting_for(job), STATE_COLOUR.get(state_of(job))))
@@ -174,8 +174,8 @@ def waiting_for(job: "Job") -> str:
     queue = job.get("tunery", {}).get("queue") or {}
     if state_of(job) not in ("queued", "paused") or not queue:
         return ""
-    position = queue.get("position")
-    return ": ".join(str(part) for part in (f"position {position}" if position else "", queue.get("reason")) if part)
+    position, reason = queue.get("position"), (queue.get("reason") or {}).get("message")
+    return ": ".join(part for part in (f"position {position}" if position else "", reason) if part)
 
 
 def entry(moment: float | None, word: str, rest: str, colour: str | None = None) -> str:

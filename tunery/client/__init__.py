@@ -40,6 +40,8 @@ from tunery.client.shapes import (
     Organization,
     Project,
     ProjectName,
+    Queue,
+    QueueSimulation,
 )
 from tunery.client.transport import OnBytes, OnRetry, Params, Transport
 
@@ -166,6 +168,14 @@ class Client:
         """Among the project's own jobs: -100 to 100, higher first."""
         path = f"{_JOBS}/{_segment(job_id)}/priority"
         return cast("Job", self._http.call("POST", path, json={"priority": priority}))
+
+    def queue(self, *, limit: int = 100) -> Queue:
+        """Counts, and the first of this project's waiting jobs in its order."""
+        return cast("Queue", self._get("/queue", {"limit": limit}))
+
+    def simulate(self, body: Mapping[str, Any]) -> QueueSimulation:
+        """When such a job would start; nothing is submitted."""
+        return cast("QueueSimulation", self._http.call("POST", "/queue/simulate", json=dict(body)))
 
     def delete_job(self, job_id: str) -> dict[str, Any]:
         return self._http.call("DELETE", f"{_JOBS}/{_segment(job_id)}")

@@ -41,9 +41,61 @@ class JobError(TypedDict, total=False):
     param: str | None
 
 
+class Reason(TypedDict, total=False):
+    code: str
+    message: str
+    numbers: dict[str, Any]
+
+
+class Ahead(TypedDict, total=False):
+    own: int
+    others: int | None
+
+
+class StartTimes(TypedDict, total=False):
+    """Unix seconds, or seconds from now; null where it is not known."""
+
+    p50: int | None
+    p90: int | None
+    not_before: int | None
+
+
+class Wait(TypedDict, total=False):
+    reason: Reason
+    position: int | None
+    jobs_ahead: Ahead
+    estimated_start: StartTimes | None
+    advice: list[str]
+
+
+class QueuedJob(TypedDict, total=False):
+    id: Required[str]
+    model: str
+    suffix: str | None
+    created_at: int
+    resources: dict[str, Any]
+    scheduling: dict[str, Any]
+    queue: Wait
+
+
 class Queue(TypedDict, total=False):
-    reason: str
+    queued: int
+    running: int
+    available_gpus: int
+    total_gpus: int
+    project: dict[str, int]
+    jobs: list[QueuedJob]
+
+
+class QueueSimulation(TypedDict, total=False):
     position: int
+    jobs_ahead: Ahead
+    starts_in: StartTimes
+    estimated_start: StartTimes
+    reason: Reason | None
+    gpu_bytes: int
+    limit_s: float
+    cost: dict[str, Any]
 
 
 class Progress(TypedDict, total=False):
@@ -108,7 +160,7 @@ class JobExtra(TypedDict, total=False):
     """What a job says beyond OpenAI's fields."""
 
     state: str
-    queue: Queue | None
+    queue: Wait | None
     progress: Progress | None
     attempts: list[Attempt]
     recipe: dict[str, Any] | None

@@ -385,6 +385,20 @@ class QueueView(Base):
     forecast_at: Mapped[Moment | None]
 
 
+class QueueQuestion(Base):
+    """What would become of a job that has not been submitted; the scheduler answers."""
+
+    __tablename__ = "queue_questions"
+    __table_args__ = (Index("ix_queue_questions_created_at", "created_at"),)
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    project_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("projects.id"))
+    asked: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    created_at: Mapped[Created]
+    answer: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    answered_at: Mapped[Moment | None]
+
+
 class RunObservation(Base):
     """What one attempt really took: estimates of memory and of time learn from it."""
 

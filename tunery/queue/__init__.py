@@ -1,7 +1,7 @@
 """The scheduler's SQL: leadership, what the policy sees, carrying out what it decided, and finding what went silent."""
 
 from tunery.queue.decisions import NodeFull, NotStarted, apply, assign, record, start
-from tunery.queue.leadership import Deposed, assert_leader, lead, live_nodes, resign
+from tunery.queue.leadership import Deposed, assert_leader, epoch_of, lead, live_nodes, resign
 from tunery.queue.mirror import Mirror
 from tunery.queue.silence import (
     archived_jobs,
@@ -23,6 +23,7 @@ __all__ = [
     "archived_jobs",
     "assert_leader",
     "assign",
+    "epoch_of",
     "expired_attempts",
     "forgive_outage",
     "lead",

@@ -44,6 +44,12 @@ def resign(session: Session, holder: str) -> None:
     session.execute(update(Leader).where(Leader.id == 1, Leader.holder == holder).values(expires_at=func.now()))
 
 
+def epoch_of(session: Session, holder: str) -> int | None:
+    """The epoch in which this scheduler leads now; None while it does not."""
+    mine = (Leader.id == 1, Leader.holder == holder, Leader.expires_at > func.now())
+    return session.scalar(select(Leader.epoch).where(*mine))
+
+
 def assert_leader(session: Session, epoch: int) -> None:
     """Bind this transaction to our leadership: nobody can take over before it ends. Raises Deposed."""
     query = select(Leader.id).where(Leader.id == 1, Leader.epoch == epoch, Leader.expires_at > func.now())
