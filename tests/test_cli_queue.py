@@ -78,8 +78,8 @@ def test_the_queue_in_a_table_as_json_and_as_ids(
     shown = tunery("queue")
     assert shown.returncode == 0, shown.stderr
     head, *rows = shown.stdout.splitlines()
-    assert head.split() == ["POS", "JOB", "ASKS", "STARTS", "IN", "WHY"]
-    assert [row.split()[1] for row in rows] == [work.id for work in waiting]
+    assert head.split() == ["JOB", "POS", "STARTS", "IN", "ASKS", "WHY"]
+    assert [row.split()[0] for row in rows] == [work.id for work in waiting]
     assert "1 of 1 suitable devices are busy" in rows[0]
     assert "2 of your jobs wait, 1 of other projects; 0 of 1 GPUs are free" in shown.stderr
     assert tunery("queue", "-q").stdout.split() == [work.id for work in waiting]

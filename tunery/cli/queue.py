@@ -37,7 +37,7 @@ def show_queue(context: typer.Context, as_json: Json = False, quiet: Quiet = Fal
         json_out(found)
         return
     rows = found.get("jobs") or []
-    headers = ("POS", "JOB", "ASKS", "STARTS IN", "WHY")
+    headers = ("JOB", "POS", "STARTS IN", "ASKS", "WHY")
     listing(rows, headers, _row, "none of your jobs wait", right=("POS",), as_json=False, quiet=quiet)
     if not quiet:
         say(_sum(found, len(rows)))
@@ -48,11 +48,11 @@ def _row(job: "QueuedJob") -> tuple[object, ...]:
     where, when = job.get("resources") or {}, job.get("scheduling") or {}
     reason = (wait.get("reason") or {}).get("message") or ""
     return (
-        str(wait.get("position") or "-"),
         job["id"],
-        _short(asks(where, when)),
+        str(wait.get("position") or "-"),
         _starts(wait.get("estimated_start")),
-        (_without_need(reason)),
+        _short(asks(where, when)),
+        _without_need(reason),
     )
 
 

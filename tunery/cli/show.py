@@ -37,7 +37,7 @@ STATE_COLOUR = {
 }
 
 
-WHOLE = ("STATE", "STATUS", "VERSION")
+WHOLE = ("STATE", "STATUS", "VERSION", "POS", "STARTS IN")
 """Columns that say nothing when cut."""
 
 
