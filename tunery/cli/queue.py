@@ -13,7 +13,7 @@ from tunery.cli.job_estimate import counted
 from tunery.cli.jobs import about, asks, place_of, starts_in
 from tunery.cli.options import Json, Quiet
 from tunery.cli.show import duration, fields, listing, money, size
-from tunery.cli.terminal import json_out, say
+from tunery.cli.terminal import console, json_out, one_line, say
 
 if TYPE_CHECKING:
     from tunery.client.shapes import Queue, QueuedJob, QueueSimulation, StartTimes
@@ -24,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     invoke_without_command=True,
 )
+_LEAST_WHY = 12
 _SUBMITTING = ("wait", "watch", "detach", "dry_run", "quiet")
 
 
@@ -38,7 +39,14 @@ def show_queue(context: typer.Context, as_json: Json = False, quiet: Quiet = Fal
         return
     rows = found.get("jobs") or []
     headers = ("JOB", "POS", "STARTS IN", "ASKS", "WHY")
-    listing(rows, headers, _row, "none of your jobs wait", right=("POS",), as_json=False, quiet=quiet)
+    cells = {job["id"]: _row(job) for job in rows}
+    # a table that is too wide gives up its small columns first; here the last one may be cut
+    widths = [max([len(head), *(len(str(row[place])) for row in cells.values())]) for place, head in enumerate(headers)]
+    room = max(console().width - sum(widths[:-1]) - 2 * len(widths), _LEAST_WHY)
+    cut = {job_id: (*row[:-1], one_line(row[-1], room)) for job_id, row in cells.items()}
+    listing(
+        rows, headers, lambda job: cut[job["id"]], "none of your jobs wait", right=("POS",), as_json=False, quiet=quiet
+    )
     if not quiet:
         say(_sum(found, len(rows)))
 
