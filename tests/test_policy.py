@@ -224,6 +224,47 @@ def test_a_gang_keeps_its_place_until_it_starts():
     assert start.job_id == pair.id
 
 
+def test_a_gang_that_finds_another_place_takes_no_other_gangs_promise():
+    """The first of two held the other class; what became free early on the second's is still the second's."""
+    fast, slow = node(80, 80, name="a"), node(80, 80, 80, gpu_class="a100", name="b")
+    held = [running(fast, 0, 1, limit_s=2 * HOUR), running(slow, 2, limit_s=2 * HOUR)]
+    first, second = job(1, gpus=2, limit_s=9 * HOUR), job(2, gpus=3)
+    holds = (
+        Hold(first.id, HoldKind.GANG, "h100", fast.id, (), NOW + HOUR),
+        Hold(second.id, HoldKind.GANG, "a100", slow.id, (), NOW + HOUR + 120),
+    )
+    plan = schedule(world([fast, slow], [first, second], held, holds=holds))
+    assert not plan.starts
+    assert {hold.job_id: hold.promised_at for hold in plan.holds} == {one.job_id: one.promised_at for one in holds}
+
+
+def test_a_promise_counts_what_the_promised_devices_cost():
+    """On the cheap class it would be within the cap beside the small one; where it was promised it is not."""
+    fast, slow = node(80, 80, name="a"), node(80, gpu_class="a100", name="b")
+    slow = replace(slow, gpus=tuple(replace(gpu, cost=0.5) for gpu in slow.gpus))
+    held = running(fast, 0, project=B, limit_s=2 * HOUR)
+    pair, small = job(1, gpus=2), job(2, limit_s=9 * HOUR)
+    plan = schedule(world([fast, slow], [pair, small], [held], projects=(project(A, cap=2), project(B))))
+    assert not plan.starts
+    assert code(plan, small) is WaitCode.RESERVED
+
+
+def test_a_held_gang_is_told_so_whatever_others_of_its_kind_ask_for():
+    place = node(80, 80)
+    held = running(place, 0, project=B)
+    first, longer = job(1, gpus=2, limit_s=HOUR), job(0, gpus=2, limit_s=2 * HOUR)
+    hold = Hold(first.id, HoldKind.GANG, "h100", place.id, (), NOW + HOUR)
+    plan = schedule(world([place], [first, longer], [held], holds=(hold,), settings=PolicySettings(preemption=False)))
+    assert (code(plan, first), code(plan, longer)) == (WaitCode.HOLDS, WaitCode.BUSY)
+
+
+def test_jobs_that_can_never_start_keep_none_behind_them_out():
+    hopeless = [job(n, gpus=2) for n in range(3)] + [job(n, need=99) for n in range(3)]
+    last = job(9)
+    plan = schedule(world([node(80)], [*hopeless, last], settings=PolicySettings(depth=2)))
+    assert [start.job_id for start in plan.starts] == [last.id]
+
+
 # ---- pre-emption --------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +330,15 @@ def test_who_may_not_be_moved_is_not():
     off = PolicySettings(preemption=False)
     assert not schedule(world([place], [job()], [held], projects=tenants, settings=off)).preempts
     assert schedule(world([place], [job()], [held], projects=tenants)).preempts
+
+
+def test_nobody_is_moved_for_devices_that_the_beneficiary_may_not_have():
+    """Within its cap on the cheap class only; room on the dear one would be made again and again."""
+    fast, slow = node(80, 80, name="a"), node(80, 80, gpu_class="a100", name="b")
+    slow = replace(slow, gpus=tuple(replace(gpu, cost=0.5) for gpu in slow.gpus))
+    held = [running(fast, 0, 1, project=B), running(slow, 0, 1, project=B, preemptible=False)]
+    tenants = project(A, guarantee=1, cap=1), project(B)
+    assert not schedule(world([fast, slow], [job(gpus=2)], held, projects=tenants)).preempts
 
 
 def test_nobody_is_moved_who_is_not_needed_and_the_least_loss_goes_first():

@@ -90,6 +90,8 @@ class _Walk:
         self.holds: dict[uuid.UUID, Hold] = {}
         self._room = preempt.Room(world)
         self._heads = dict.fromkeys(world.queues, 0)
+        self._last = {one: min(len(queue), self._settings.depth) for one, queue in world.queues.items()}
+        """How far down its queue each project is looked at."""
         self._failed: dict[uuid.UUID, dict[Kind, float]] = {one: {} for one in world.queues}
         """By project and kind: jobs with this time limit, or a longer one, have no place in this pass."""
         self._tried: set[uuid.UUID] = set()
@@ -108,7 +110,9 @@ class _Walk:
                 self.holds[job.id] = hold
 
     def keep_promises(self) -> None:
-        """Gangs that hold a reservation come first, and keep it until they start."""
+        """Gangs that hold a reservation come first, and keep it until they start. All have theirs before any starts or
+        finds a better one: it must not take another one's."""
+        kept: list[tuple[JobView, Hold]] = []
         gangs = self._gangs()
         wanted = {hold.job_id.int for hold in gangs}
         waiting = {job.id: job for job in self._world.snapshot.jobs if job.id.int in wanted} if wanted else {}
@@ -117,11 +121,16 @@ class _Walk:
             if job is None or job.id.int in self.started or job.id in self._world.kept:
                 continue
             project, _ = self._world.parties(job)
-            if project.view.blocked or _too_many(project):
-                continue
-            if (place := self._world.place(job)) is not None:
+            if not project.view.blocked:
+                self._world.renew(job, hold)
+                kept.append((job, hold))
+        for job, _ in kept:
+            self._world.reserve(job)
+        for job, hold in kept:
+            project, _ = self._world.parties(job)
+            if not _too_many(project) and (place := self._world.place(job)) is not None:
                 self._start(job, self._world.start(job, place, "it held the reservation of its class"))
-            elif hold.promised_at <= self._soon or not self._make_room(job):
+            elif hold.promised_at <= self._soon or _too_many(project) or not self._make_room(job):
                 self._reserve(job, hold)
 
     def _gangs(self) -> list[Hold]:
@@ -147,16 +156,18 @@ class _Walk:
         """The project's next job and its order; None when nothing of it can start any more."""
         queue, failed, head = self._world.queues[project_id], self._failed[project_id], self._heads[project_id]
         kinds = self._world.kinds[project_id]
-        last = min(len(queue), self._settings.depth)
         project = self._world.projects[project_id]
         if project.view.blocked or _too_many(project):
             return None
+        last, never = self._last[project_id], self._world.never
         while head < last:
-            job = queue[head]
-            if job.limit_s < failed.get(kinds[head], math.inf) and job.id.int not in self.started:
+            job, kind = queue[head], kinds[head]
+            if job.limit_s < failed.get(kind, math.inf) and job.id.int not in self.started:
                 break
             head += 1
-        self._heads[project_id] = head
+            if last < len(queue) and (kind, project_id) in never:
+                last += 1  # however many of those there are, they keep nobody out
+        self._heads[project_id], self._last[project_id] = head, last
         if head >= last:
             return None
         job = queue[head]
@@ -178,6 +189,9 @@ class _Walk:
         fits, cost = world.fits(job), self._world.cost(job)
         # a shorter job of the same kind may still end before the reservation that keeps this one out
         failed[self._world.kind(job)] = job.limit_s if fits and world.within_caps(job, cost) else 0.0
+        if world.is_hopeless(job, cost):
+            world.never.add((world.kind(job), job.project_id))
+            return
         if fits or not world.within_caps(job, cost):
             return
         if job.project_id not in self._tried:
@@ -195,6 +209,7 @@ class _Walk:
         if reservation is not None and reservation.at <= self._soon:
             return False
         hold, asked = self._room.take(job, *found)
+        self._world.unreserve(job)
         self._world.keep(job, hold)
         self.holds[job.id] = hold
         self.preempts += asked
@@ -203,12 +218,9 @@ class _Walk:
     def _reserve(self, job: JobView, promise: Hold | None = None) -> None:
         """One reservation a class. Only a gang keeps its own from pass to pass: if every blocked job did, shares
         would suffer (docs/scheduler.md)."""
-        if self._world.classes <= self._world.reservations.keys():
-            return
-        reservation = self._world.reservation(job)
+        reservation = self._world.reserve(job)
         if reservation is None:
             return
-        self._world.reservations[reservation.gpu_class] = reservation
         if job.gpus > 1:
             at = reservation.at if promise is None else min(promise.promised_at, reservation.at)
             kind = HoldKind.GANG

@@ -31,12 +31,12 @@ def all_that_wait(
     for project_id, queue in sorted(world.queues.items()):
         longest: dict[Kind, JobView] = {}
         for job, kind in zip(queue, world.kinds[project_id], strict=True):
+            if holds and (hold := holds.get(job.id)) is not None:
+                waits.append(Wait(job.id, _held(hold)))
+                continue
             # of one kind, the job with the longest limit has the fewest places: what keeps it out is told
             other = longest.get(kind)
             if (other is not None and job.limit_s <= other.limit_s) or job.id.int in started:
-                continue
-            if holds and (hold := holds.get(job.id)) is not None:
-                waits.append(Wait(job.id, _held(hold)))
                 continue
             longest[kind] = job
         seen = {

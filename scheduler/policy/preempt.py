@@ -78,7 +78,7 @@ class Room:
             found = self._on(node, job, cost, kind, givers)
             if found is not None:
                 victims, mask = found
-                key = len(victims), sum(map(self._unsaved, victims))
+                key = sum(len(view.gpu_ids) for view in victims), len(victims), sum(map(self._unsaved, victims))
                 if best is None or key < best:
                     best, chosen = key, (kind, node, victims, mask)
         return chosen
@@ -130,8 +130,24 @@ class Room:
         mask = sum(gpu.bit for gpu in ordered[: job.gpus])
         settings, now = self._world.snapshot.settings, self._world.snapshot.now
         until = now + settings.grace_s + job.limit_s + settings.grace_s
-        place = Place(node.view.id, mask, job.required_bytes, True, cost)
+        rate = sum(gpu.view.cost for gpu in node.taken(mask))
+        if rate != cost and not self._still_right(job, rate, kind, chosen):
+            return None
+        place = Place(node.view.id, mask, job.required_bytes, True, rate)
         return (chosen, mask) if self._world.admits(job, place, until) else None
+
+    def _still_right(self, job: JobView, rate: float, kind: PreemptKind, chosen: list[RunningView]) -> bool:
+        """Of devices that cost more than the cheapest that could take it."""
+        project, organization = self._world.parties(job)
+        if kind is PreemptKind.GUARANTEE and not (project.guaranteed(rate) or organization.guaranteed(rate)):
+            return False
+        taken: dict[uuid.UUID, float] = defaultdict(float)
+        for view in chosen:
+            taken[view.project_id] += view.rate
+            taken[view.organization_id] += view.rate
+        return self._world.within_caps(job, rate) and all(
+            self._may_give(job, rate, kind, self._world.projects[view.project_id], 0.0, taken) for view in chosen
+        )
 
     def _free(self, node: Node, job: JobView, leaving: list[RunningView]) -> int:
         """Devices of the node, of one class, that suit the job once these have left."""

@@ -5,6 +5,7 @@ thousand times which of a node's devices are free.
 """
 
 import math
+import operator
 import uuid
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
@@ -124,6 +125,19 @@ class Party:
                 return one.until
         return math.inf
 
+    def turn_at(self) -> float:
+        """When fewer of it run than may, if everybody runs to the limit."""
+        most = self.view.max_running
+        if most is None or self.running < most:
+            return -math.inf
+        gone = self.running - most
+        ends = sorted(one.until for one in self.occupants)
+        return ends[gone] if gone < len(ends) and most else math.inf
+
+    def running_at(self, at: float) -> int:
+        """Then, of what runs now."""
+        return self.running - sum(one.until <= at for one in self.occupants)
+
     def rate_at(self, at: float) -> float:
         """Then, of what runs now."""
         return self.rate - sum(one.rate for one in self.occupants if one.until <= at)
@@ -149,6 +163,7 @@ class Reservation:
     at: float
     node_id: uuid.UUID
     gpu_class: str
+    rate: float
 
 
 @dataclass(slots=True)
@@ -168,11 +183,16 @@ class World:
     """By GPU class."""
     kept: dict[uuid.UUID, tuple[JobView, Hold]] = field(default_factory=dict)
     """Pre-emption holds, by job."""
+    _kept_until: dict[uuid.UUID, tuple[uuid.UUID, Occupant]] = field(default_factory=dict)
+    """By job: the node, and what it will be there."""
     engines: list[EngineView] = field(default_factory=list)
     sizes: tuple[int, ...] = ()
     _nowhere: set[tuple[Kind, uuid.UUID | None]] = field(default_factory=set)
     """Kinds that fit on no node; room only shrinks in a pass. What shares fits by project."""
-    _costs: dict[tuple[int, str | None, frozenset[tuple[str, str]]], float] = field(default_factory=dict)
+    never: set[tuple[Kind, uuid.UUID]] = field(default_factory=set)
+    """Kinds of a project that could not start even if nobody else were there."""
+    _costs: dict[tuple[int, int, str | None, frozenset[tuple[str, str]]], float] = field(default_factory=dict)
+    _byte: float | None = None
 
     # ---- what is asked of it ---------------------------------------------------------------------------------
 
@@ -185,7 +205,10 @@ class World:
 
     def shares(self, job: JobView) -> bool:
         """It may hold less than a whole device."""
-        return job.shareable or (self.snapshot.settings.engines and job.engine_key is not None)
+        settings = self.snapshot.settings
+        return job.gpus == 1 and (
+            (settings.sharing and job.shareable) or (settings.engines and job.engine_key is not None)
+        )
 
     def parties(self, job: JobView) -> tuple[Party, Party]:
         """The job's project and organization."""
@@ -220,25 +243,43 @@ class World:
         return False
 
     def cost(self, job: JobView) -> float:
-        """Of a second, on the cheapest class that could take it. What shares a device costs less; how much less
-        depends on the device."""
+        """Of a second, on the cheapest class that could take it. What shares a device costs less: at least its share
+        of the memory of the largest; with an engine that may be there already, nothing is certain."""
         if self.shares(job):
-            return 0.0
-        key = job.gpus, job.gpu_class, job.labels
+            joins = self.snapshot.settings.engines and job.engine_key is not None
+            return 0.0 if joins else job.required_bytes * self._cheapest_byte()
+        least = self._least(job)
+        return least if math.isfinite(least) else float(job.gpus)
+
+    def _least(self, job: JobView) -> float:
+        """What a second costs on the cheapest devices of its own that could take it; infinity if none could."""
+        key = job.gpus, bisect_left(self.sizes, job.required_bytes), job.gpu_class, job.labels
         if (found := self._costs.get(key)) is None:
-            rates = [
-                cost
+            prices = [
+                price
                 for node in self.nodes.values()
-                if job.labels <= node.view.labels
-                for name, (cost, _) in node.classes.items()
-                if job.gpu_class in (None, name)
+                if node.could_run(job)
+                for price, mask in node.classes.values()
+                if (node.suitable(job) & mask).bit_count() >= job.gpus
             ]
-            found = self._costs[key] = job.gpus * min(rates, default=1.0)
+            found = self._costs[key] = job.gpus * min(prices, default=math.inf)
         return found
+
+    def _cheapest_byte(self) -> float:
+        if self._byte is None:
+            every = (gpu.view.cost / gpu.view.usable_bytes for node in self.nodes.values() for gpu in node.gpus)
+            self._byte = min(every, default=0.0)
+        return self._byte
 
     def within_caps(self, job: JobView, cost: float) -> bool:
         project, organization = self.parties(job)
         return not project.capped(cost) and not organization.capped(cost)
+
+    def is_hopeless(self, job: JobView, cost: float) -> bool:
+        """It could not start even if nobody else were there: no such device, or a cap below its cost."""
+        least = self._least(job)
+        project, organization = self.parties(job)
+        return math.isinf(least) or cost > min(project.view.cap, organization.view.cap) + EPSILON
 
     def ends_at(self, job: JobView) -> float:
         """When it is gone at the latest, if it starts now."""
@@ -252,19 +293,53 @@ class World:
         )
 
     def _leaves_room(self, kept: Reservation, job: JobView, place: Place) -> bool:
-        theirs, mine = self.parties(kept.job), self.parties(job)
-        cost = self.cost(kept.job)
-        for party, other in zip(theirs, mine, strict=True):
-            if party is other and party.rate_at(kept.at) + place.rate + cost > party.view.cap + EPSILON:
-                return False
+        if not self._both_may(kept, job, place.rate, kept.at):
+            return False
         if place.node_id != kept.node_id:
             return True
         free, slots = self._free_at(self.nodes[kept.node_id], kept.job, kept.at)
         return (free & ~place.mask).bit_count() >= kept.job.gpus and slots > 1
 
+    def _both_may(self, kept: Reservation, job: JobView, rate: float, at: float) -> bool:
+        """Run at once, by the limits of a project or an organization that both belong to."""
+        for party, other in zip(self.parties(kept.job), self.parties(job), strict=True):
+            most = party.view.max_running
+            if party is other and party.rate_at(at) + rate + kept.rate > party.view.cap + EPSILON:
+                return False
+            if party is other and most is not None and party.running_at(at) + 2 > most:
+                return False
+        return True
+
+    def renew(self, job: JobView, hold: Hold) -> None:
+        """The reservation that it had, while its node is there."""
+        node = self.nodes.get(hold.node_id)
+        if node is not None and hold.gpu_class in node.classes:
+            rate = self._alone(job, node.classes[hold.gpu_class][0])
+            self.reservations[hold.gpu_class] = Reservation(job, hold.promised_at, hold.node_id, hold.gpu_class, rate)
+
+    def reserve(self, job: JobView) -> Reservation | None:
+        """Its reservation, kept from now on instead of the one that it had."""
+        self.unreserve(job)
+        if self.classes <= self.reservations.keys():
+            return None
+        found = self.reservation(job)
+        if found is not None:
+            self.reservations[found.gpu_class] = found
+        return found
+
+    def unreserve(self, job: JobView) -> None:
+        for name, one in list(self.reservations.items()):
+            if one.job.id == job.id:
+                del self.reservations[name]
+
     def _free_at(self, node: Node, job: JobView, at: float) -> tuple[int, int]:
         """Devices of a node that the job could use then, and slots, if everybody runs to the limit."""
-        staying, slots = node.foreign | node.kept, node.slots
+        staying, slots = node.foreign, node.slots
+        if node.kept:
+            for one in self._coming(node):
+                if one.until > at:
+                    staying |= one.mask
+                    slots -= 1
         for one in node.occupants:
             if one.until > at:
                 staying |= one.mask
@@ -277,37 +352,59 @@ class World:
 
         `reserved`: a class that another job has reserved is not to be had.
         """
-        project, organization = self.parties(job)
-        cost, now = self.cost(job), self.snapshot.now
-        least = max(now, project.room_at(cost), organization.room_at(cost))
-        if math.isinf(least):
-            return None
+        others = [one for one in self.reservations.values() if one.job.id != job.id] if reserved else []
+        taken = {one.gpu_class for one in others}
+        least: dict[float, float] = {}
         best: tuple[float, int, str] | None = None
         found: Reservation | None = None
         for node in self.nodes.values():
             if not node.could_run(job):
                 continue
-            for at in sorted({least, *(one.until for one in node.occupants if one.until > least)}):
-                if math.isinf(at) or (best is not None and at > best[0]):
-                    break
-                free, slots = self._free_at(node, job, at)
-                free = self._one_class(node, job, free, reserved)
-                if slots and free.bit_count() >= job.gpus:
-                    key = at, free.bit_count() - job.gpus, node.view.name
-                    if best is None or key < best:
-                        name = node.taken(free)[0].view.gpu_class
-                        best, found = key, Reservation(job, at, node.view.id, name)
-                    break
+            for name, (price, mask) in node.classes.items():
+                if name in taken or (node.suitable(job) & mask).bit_count() < job.gpus:
+                    continue
+                rate = self._alone(job, price)
+                if rate not in least:
+                    least[rate] = self._allowed_at(job, rate, others)
+                ends = {least[rate], *(one.until for one in node.occupants if one.until > least[rate])}
+                if node.kept:
+                    ends.update(one.until for one in self._coming(node) if one.until > least[rate])
+                for at in sorted(ends):
+                    if math.isinf(at) or (best is not None and at > best[0]):
+                        break
+                    free, slots = self._free_at(node, job, at)
+                    if slots > 0 and (left := (free & mask).bit_count() - job.gpus) >= 0:
+                        key = at, left, node.view.name
+                        if best is None or key < best:
+                            best, found = key, Reservation(job, at, node.view.id, name, rate)
+                        break
         return found
 
-    def _one_class(self, node: Node, job: JobView, free: int, reserved: bool) -> int:
-        """Of those, the devices of one class that the job may reserve."""
-        best = 0
-        for name, (_, mask) in sorted(node.classes.items()):
-            taken = self.reservations.get(name) if reserved else None
-            if taken is None or taken.job.id == job.id:
-                best = max(best, free & mask, key=int.bit_count)
-        return best
+    def _alone(self, job: JobView, price: float) -> float:
+        """What a second costs it on devices of this price that nobody else is on."""
+        return min(price, self.cost(job)) if self.shares(job) else job.gpus * price
+
+    def _allowed_at(self, job: JobView, rate: float, others: list[Reservation]) -> float:
+        """When its project and organization may have so much more, if everybody runs to the limit, those included
+        that hold reservations: what only one of the two may use is the first one's."""
+        parties = self.parties(job)
+        least = max(self.snapshot.now, parties[0].turn_at(), *(party.room_at(rate) for party in parties))
+        near = [one for one in others if any(map(operator.is_, self.parties(one.job), parties))]
+        if math.isinf(least) or self._all_may(near, job, rate, least):
+            return least
+        ends = {one.until for party in parties for one in party.occupants}
+        ends.update(one.at + one.job.limit_s + self.snapshot.settings.grace_s for one in near)
+        later = (at for at in sorted(ends) if at > least and self._all_may(near, job, rate, at))
+        return next(later, math.inf)
+
+    def _all_may(self, others: list[Reservation], job: JobView, rate: float, at: float) -> bool:
+        lasts_s = job.limit_s + self.snapshot.settings.grace_s
+        return all(
+            at + lasts_s <= one.at
+            or one.at + one.job.limit_s + self.snapshot.settings.grace_s <= at
+            or self._both_may(one, job, rate, max(one.at, at))
+            for one in others
+        )
 
     # ---- places ------------------------------------------------------------------------------------------------
 
@@ -384,6 +481,7 @@ class World:
     def start(self, job: JobView, place: Place, why: str) -> Start:
         node, parties = self.nodes[place.node_id], self.parties(job)
         self.let_go(job.id)
+        self.unreserve(job)
         taken = node.taken(place.mask)
         for gpu in taken:
             gpu.free = 0 if place.exclusive else gpu.free - place.bytes_per_gpu
@@ -414,11 +512,16 @@ class World:
 
     def keep(self, job: JobView, hold: Hold) -> None:
         """GPUs that are being vacated: nobody else gets them, and its tenants count them as theirs."""
-        node = self.nodes[hold.node_id]
+        node, settings = self.nodes[hold.node_id], self.snapshot.settings
+        mask = node.mask(hold.gpu_ids)
+        until = max(self.snapshot.now, hold.promised_at) + job.limit_s + settings.grace_s
+        one = Occupant(until, mask, job.project_id, self._rate_of(hold))
         self.kept[job.id] = job, hold
-        node.kept |= node.mask(hold.gpu_ids)
+        self._kept_until[job.id] = hold.node_id, one
+        node.kept |= mask
         for party in self.parties(job):
-            _count(party, self._rate_of(hold), 1, len(hold.gpu_ids))
+            _count(party, one.rate, 1, len(hold.gpu_ids))
+            party.occupants.append(one)
 
     def let_go(self, job_id: uuid.UUID) -> None:
         """The opposite of `keep`."""
@@ -428,8 +531,14 @@ class World:
         node = self.nodes[hold.node_id]
         node.kept &= ~node.mask(hold.gpu_ids)
         self._nowhere.clear()
+        _, one = self._kept_until.pop(job_id)
         for party in self.parties(job):
-            _count(party, -self._rate_of(hold), -1, -len(hold.gpu_ids))
+            _count(party, -one.rate, -1, -len(hold.gpu_ids))
+            party.occupants.remove(one)
+
+    def _coming(self, node: Node) -> Iterator[Occupant]:
+        """Those for whom devices of the node are kept."""
+        return (one for node_id, one in self._kept_until.values() if node_id == node.view.id)
 
     def _rate_of(self, hold: Hold) -> float:
         node = self.nodes[hold.node_id]

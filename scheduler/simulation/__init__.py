@@ -173,7 +173,7 @@ class Simulation:
             self._preempt(asked)
         if self._watch is not None:
             self._watch(self, seen, plan)
-        if self.waiting and math.isfinite(self._tick_s):
+        if self.waiting and math.isfinite(self._tick_s) and (self.live or self.holds or self._events):
             self._next_pass = self.now + self._tick_s
 
     def _start(self, start: Start) -> None:
@@ -351,6 +351,10 @@ class Simulation:
     def service(self, project_id: uuid.UUID) -> float:
         """Cost that a project has been given by now, credits and refunds included."""
         return self._projects.service(project_id, self.now)
+
+    def credit(self, project_id: uuid.UUID) -> float:
+        """Of its service, what was added because it had been idle."""
+        return self._projects.credit(project_id)
 
     def _running(self, one: Live) -> RunningView:
         if math.isfinite(one.work.checkpoint_s) and (stored_s := one.stored_s(self.now)) > 0:

@@ -15,6 +15,8 @@ class _Account:
     at: float
     active: bool
     rate: float = 0.0
+    credit: float = 0.0
+    """Of that service, what waking up cost."""
 
     def advance(self, now: float) -> None:
         self.service += self.rate * (now - self.at)
@@ -46,12 +48,16 @@ class Accounts:
         for one in standings:
             if (account := self._all.get(one.id)) is not None:
                 account.service += one.credit
+                account.credit += one.credit
                 account.active = one.active
 
     def service(self, tenant_id: uuid.UUID, now: float) -> float:
         account = self._all[tenant_id]
         account.advance(now)
         return account.service
+
+    def credit(self, tenant_id: uuid.UUID) -> float:
+        return self._all[tenant_id].credit
 
     def tenants(self, now: float) -> tuple[Tenant, ...]:
         return tuple(
