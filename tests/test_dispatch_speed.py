@@ -50,7 +50,8 @@ def test_commits_wake_the_scheduler(running: Fleet) -> None:
 
 def test_a_scheduler_whose_ear_was_cut_off_listens_again_and_has_missed_nothing(running: Fleet) -> None:
     with psycopg.connect(servers().admin_url, autocommit=True) as connection:
-        assert connection.execute(CUT, [running.database]).fetchall() == [(True,)]
+        ears = connection.execute(CUT, [running.database]).fetchall()  # the forecaster has one of its own
+        assert ears and set(ears) == {(True,)}
     assert running.ends(running.submit("ok")) == "succeeded"
 
 
