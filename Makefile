@@ -2,7 +2,7 @@
 #   PYTHON=python3.12   another interpreter      TORCH=host   keep the host's torch
 #   TORCH_INDEX=URL     an extra index for torch
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick chaos check stand format clean
+.PHONY: help setup demo test quick chaos worlds check stand format clean
 
 PYTHON_FOR_SETUP := $(shell command -v $(or $(PYTHON),python3))
 VENV_PYTHON := .venv/bin/python
@@ -27,6 +27,9 @@ quick: setup  ## the tests that take seconds
 chaos: setup  ## random faults for MINUTES=60 (and SEED=n): users and faults as a state machine, then a campaign
 	@$(VENV_PYTHON) -m tests.chaos.machine --minutes $$(( $(or $(MINUTES),60) / 2 )) $(if $(SEED),--seed $(SEED))
 	@$(VENV_PYTHON) -m tests.chaos.campaign --faults 100000 --minutes $$(( $(or $(MINUTES),60) / 2 )) $(if $(SEED),--seed $(SEED))
+
+worlds: setup  ## the policy's invariants in WORLDS=1500 worlds that no run has seen before
+	@TUNERY_WORLDS=$(or $(WORLDS),1500) $(VENV_PYTHON) -m pytest -q -s tests/test_policy_properties.py
 
 check: setup  ## ruff, types, import rules, models against migrations, Dockerfiles
 	@.venv/bin/ruff check .

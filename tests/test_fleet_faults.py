@@ -18,6 +18,7 @@ from tunery import ids, leases, queue
 from tunery.contracts.scheduling import Start
 from tunery.dispatch import queue_name
 from tunery.models import Attempt, Checkpoint, Engine, Gpu, Node, Slot
+from tunery.states import AttemptState, FailureCode
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_an_engine_holds_attempts_of_two_projects_and_one_of_them_can_be_fenced_
     (victim,) = running.attempts(fenced)
     with running.look() as session:
         held = leases.hold(session, victim.id, victim.fence)
-        leases.fail(session, held, leases.FailureCode.WORKER_LOST, "fenced by the test", state=leases.AttemptState.LOST)
+        leases.fail(session, held, FailureCode.WORKER_LOST, "fenced by the test", state=AttemptState.LOST)
     engine_says = running.home / "engine.log"
     running.until(lambda: f"detach {_wire(victim)}" in engine_says.read_text(), 10)
     assert process.poll() is None, "an engine is never killed with one of its attempts"

@@ -3,6 +3,7 @@
 `-s` prints in how many of the worlds there were gangs, caps, pre-emption, lost nodes, cancels.
 """
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -18,7 +19,7 @@ CALM = {
     "phases": [Phase.explicit, Phase.reuse, Phase.generate],  # to shrink a world takes minutes, and tells little more
 }
 FIXED = CALM | {"derandomize": True}
-"""The same worlds in every run; `-m slow` looks at others."""
+"""The same worlds in every run; `make worlds` looks at others."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,6 +30,7 @@ def told() -> Iterator[None]:
         print(f"\n{total} worlds; of them with {shares}")
 
 
+@pytest.mark.timeout(600)
 @settings(max_examples=500, **FIXED)
 @given(worlds())
 def test_every_pass_keeps_the_invariants(world: World):
@@ -41,8 +43,9 @@ def test_every_pass_keeps_the_invariants(world: World):
         SEEN[name] += 1
 
 
-@pytest.mark.slow
-@settings(max_examples=1500, **CALM)
+@pytest.mark.skipif("TUNERY_WORLDS" not in os.environ, reason="`make worlds` looks at other worlds in every run")
+@pytest.mark.timeout(0)
+@settings(max_examples=int(os.environ.get("TUNERY_WORLDS", "1500")), **CALM)
 @given(worlds())
 def test_other_worlds_keep_them_too(world: World):
     Checker(world).run()
