@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from scheduler.policy import _Walk, explain, preempt, schedule, world
+from scheduler.policy import _Walk, explain, parts, preempt, reading, schedule, world
 from tests.policy_backlogs import Backlog, Claim, backlogs, claims, more_never_hurts
 from tests.policy_invariants import Broken, Checker
 from tests.policy_worlds import worlds
@@ -19,7 +19,6 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 def caught(check: Callable[[Any], object], among: st.SearchStrategy[Any], most: int) -> str:
     """The invariant that the first of so many examples broke; empty if none did."""
-    found: list[str] = []
 
     @settings(
         max_examples=most,
@@ -31,21 +30,20 @@ def caught(check: Callable[[Any], object], among: st.SearchStrategy[Any], most: 
     )
     @given(among)
     def search(example: Any) -> None:
-        if not found:
-            try:
-                check(example)
-            except Broken as broken:
-                found.append(str(broken.args[0]))
+        check(example)
 
-    search()
-    return found[0] if found else ""
+    try:
+        search()
+    except Broken as broken:
+        return str(broken.args[0])
+    return ""
 
 
 def _shares_gpus_twice(patch: pytest.MonkeyPatch) -> None:
     """What was started leaves its devices looking empty."""
     start = world.World.start
 
-    def wrong(self: world.World, job: Any, place: world.Place, why: str) -> Any:
+    def wrong(self: world.World, job: Any, place: parts.Place, why: str) -> Any:
         made = start(self, job, place, why)
         self.nodes[place.node_id].empty |= place.mask
         return made
@@ -54,7 +52,7 @@ def _shares_gpus_twice(patch: pytest.MonkeyPatch) -> None:
 
 
 def _ignores_caps(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(world.Party, "capped", lambda self, cost: False)
+    patch.setattr(parts.Party, "capped", lambda self, cost: False)
 
 
 def _starts_part_of_a_gang(patch: pytest.MonkeyPatch) -> None:
@@ -77,7 +75,7 @@ def _forgets_gangs(patch: pytest.MonkeyPatch) -> None:
 
 
 def _first_come_first_served(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(world.Party, "score", lambda self, tau_s: 0.0)
+    patch.setattr(parts.Party, "score", lambda self, tau_s: 0.0)
 
 
 def _breaks_promises(patch: pytest.MonkeyPatch) -> None:
@@ -96,17 +94,17 @@ def _reclaims_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def _believes_the_order_of_rows(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(world, "_own_order", lambda job: (not job.urgent, -job.priority))
+    patch.setattr(reading, "_own_order", lambda job: (not job.urgent, -job.priority))
 
 
 def _weighs_upside_down(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(world.Party, "score", lambda self, tau_s: (self.service + tau_s * self.rate) * self.view.weight)
+    patch.setattr(parts.Party, "score", lambda self, tau_s: (self.service + tau_s * self.rate) * self.view.weight)
 
 
 def _takes_service_back(patch: pytest.MonkeyPatch) -> None:
     from scheduler import policy
 
-    def wrong(party: world.Party, others: list[world.Party]) -> Standing:
+    def wrong(party: parts.Party, others: list[parts.Party]) -> Standing:
         level = min(other.view.service for other in others)
         return Standing(party.view.id, party.waits or party.running > 0, level - party.view.service)
 

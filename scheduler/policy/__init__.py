@@ -11,7 +11,9 @@ import math
 import uuid
 
 from scheduler.policy import explain, preempt
-from scheduler.policy.world import Kind, Party, World, build
+from scheduler.policy.parts import Kind, Party
+from scheduler.policy.reading import build
+from scheduler.policy.world import World
 from tunery.contracts.scheduling import Hold, HoldKind, JobView, Plan, Preempt, Snapshot, Standing, Start
 
 _Order = tuple[bool, bool, float, float, float, uuid.UUID]

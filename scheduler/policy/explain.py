@@ -4,7 +4,8 @@ import math
 import uuid
 from collections import Counter
 
-from scheduler.policy.world import Kind, World, suits
+from scheduler.policy.parts import Kind, suits
+from scheduler.policy.world import World
 from tunery.contracts.scheduling import (
     Explanation,
     Hold,

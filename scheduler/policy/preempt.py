@@ -8,7 +8,8 @@ has run for a while. What is freed is kept for the beneficiary until it starts.
 import uuid
 from collections import defaultdict
 
-from scheduler.policy.world import EPSILON, Node, Party, Place, World
+from scheduler.policy.parts import EPSILON, Node, Party, Place
+from scheduler.policy.world import World
 from tunery.contracts.scheduling import Hold, HoldKind, JobView, Preempt, PreemptKind, RunningView
 
 Found = tuple[PreemptKind, Node, list[RunningView], int]

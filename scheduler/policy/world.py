@@ -1,169 +1,16 @@
-"""The snapshot as a pass changes it: what is free where, who holds it until when, and what each tenant has.
-
-Devices of a node are numbered by size, and sets of them are bit masks: a pass over a thousand GPUs asks some hundred
-thousand times which of a node's devices are free.
-"""
+"""The snapshot as a pass changes it: what is free where, who holds it until when, and what each tenant has."""
 
 import math
 import operator
 import uuid
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
-from operator import attrgetter
 
-from tunery.contracts.scheduling import (
-    EngineView,
-    GpuView,
-    Hold,
-    HoldKind,
-    JobView,
-    NodeView,
-    RunningView,
-    Snapshot,
-    Start,
-    Tenant,
-)
+from scheduler.policy.parts import EPSILON, Kind, Node, Occupant, Party, Place, Reservation
+from tunery.contracts.scheduling import EngineView, Hold, JobView, Snapshot, Start
 
-Kind = tuple[int, int, str | None, frozenset[tuple[str, str]], bool, str | None, bool]
-
-EPSILON = 1e-9
-"""Rates are sums of fractions."""
 _ENGINES = uuid.UUID("6f2b1f0e-6c2c-5a53-9a5a-3f2f3f0c7d11")
-
-
-@dataclass(slots=True)
-class Gpu:
-    """One device of a node that may take work."""
-
-    view: GpuView
-    bit: int
-    free: int
-    held_by: uuid.UUID | None
-    """The project that shares it."""
-
-
-@dataclass(slots=True)
-class Occupant:
-    """Somebody who holds devices of a node until `until` at the latest."""
-
-    until: float
-    mask: int
-    project_id: uuid.UUID
-    rate: float
-    view: RunningView | None = None
-    """None: started in this pass."""
-
-
-@dataclass(slots=True)
-class Node:
-    view: NodeView
-    slots: int
-    gpus: list[Gpu]
-    """Smallest first."""
-    index: dict[uuid.UUID, Gpu]
-    empty: int
-    """Mask of the devices that nobody holds."""
-    classes: dict[str, tuple[float, int]]
-    """Of its devices: what a second on one costs, and their mask."""
-    kept: int = 0
-    """Mask of the devices that are kept for somebody."""
-    occupants: list[Occupant] = field(default_factory=list)
-    """By the moment at which they are gone."""
-    foreign: int = 0
-    """Mask of devices held by nobody we know of, e.g. an engine's base: nobody can say until when."""
-    _sizes: list[int] = field(default_factory=list)
-    _by_size: dict[str | None, list[int]] = field(default_factory=dict)
-    """By class, None for all: of the devices from each place of `gpus` on, the mask."""
-
-    def suitable(self, job: JobView) -> int:
-        """Mask of the devices that could hold the job, were they empty."""
-        from_here = self._by_size.get(job.gpu_class)
-        return from_here[bisect_left(self._sizes, job.required_bytes)] if from_here else 0
-
-    def could_run(self, job: JobView) -> bool:
-        """With nobody else there."""
-        return job.labels <= self.view.labels and self.suitable(job).bit_count() >= job.gpus
-
-    def taken(self, mask: int) -> list[Gpu]:
-        return [gpu for gpu in self.gpus if gpu.bit & mask]
-
-    def mask(self, gpu_ids: Iterable[uuid.UUID]) -> int:
-        return sum(self.index[gpu_id].bit for gpu_id in gpu_ids if gpu_id in self.index)
-
-
-@dataclass(slots=True)
-class Party:
-    """A project or an organization in this pass. `rate` counts what is held for its jobs as running."""
-
-    view: Tenant
-    rate: float = 0.0
-    running: int = 0
-    gpus: int = 0
-    service: float = 0.0
-    waits: bool = False
-    occupants: list[Occupant] = field(default_factory=list)
-
-    def score(self, tau_s: float) -> float:
-        return (self.service + tau_s * self.rate) / self.view.weight
-
-    def capped(self, cost: float) -> bool:
-        return self.rate + cost > self.view.cap + EPSILON
-
-    def guaranteed(self, cost: float) -> bool:
-        return self.rate + cost <= self.view.guarantee + EPSILON
-
-    def room_at(self, cost: float) -> float:
-        """When it may take so much more, if everybody runs to the limit; infinity if never."""
-        rate = self.rate
-        if rate + cost <= self.view.cap + EPSILON:
-            return -math.inf
-        for one in sorted(self.occupants, key=lambda one: one.until):
-            rate -= one.rate
-            if rate + cost <= self.view.cap + EPSILON:
-                return one.until
-        return math.inf
-
-    def turn_at(self) -> float:
-        """When fewer of it run than may, if everybody runs to the limit."""
-        most = self.view.max_running
-        if most is None or self.running < most:
-            return -math.inf
-        gone = self.running - most
-        ends = sorted(one.until for one in self.occupants)
-        return ends[gone] if gone < len(ends) and most else math.inf
-
-    def running_at(self, at: float) -> int:
-        """Then, of what runs now."""
-        return self.running - sum(one.until <= at for one in self.occupants)
-
-    def rate_at(self, at: float) -> float:
-        """Then, of what runs now."""
-        return self.rate - sum(one.rate for one in self.occupants if one.until <= at)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a job would run, and what it would hold there."""
-
-    node_id: uuid.UUID
-    mask: int
-    bytes_per_gpu: int
-    exclusive: bool
-    rate: float
-    engine_id: uuid.UUID | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """EASY: this job starts there by then, whatever else is started meanwhile."""
-
-    job: JobView
-    at: float
-    node_id: uuid.UUID
-    gpu_class: str
-    rate: float
 
 
 @dataclass(slots=True)
@@ -495,7 +342,7 @@ class World:
         one = Occupant(self.ends_at(job), place.mask, job.project_id, place.rate)
         insort(node.occupants, one, key=lambda other: other.until)
         for party in parties:
-            _count(party, place.rate, 1, len(taken))
+            party.count(place.rate, 1, len(taken))
             party.occupants.append(one)
         ids = tuple(gpu.view.id for gpu in taken)
         return Start(
@@ -520,7 +367,7 @@ class World:
         self._kept_until[job.id] = hold.node_id, one
         node.kept |= mask
         for party in self.parties(job):
-            _count(party, one.rate, 1, len(hold.gpu_ids))
+            party.count(one.rate, 1, len(hold.gpu_ids))
             party.occupants.append(one)
 
     def let_go(self, job_id: uuid.UUID) -> None:
@@ -533,7 +380,7 @@ class World:
         self._nowhere.clear()
         _, one = self._kept_until.pop(job_id)
         for party in self.parties(job):
-            _count(party, -one.rate, -1, -len(hold.gpu_ids))
+            party.count(-one.rate, -1, -len(hold.gpu_ids))
             party.occupants.remove(one)
 
     def _coming(self, node: Node) -> Iterator[Occupant]:
@@ -543,121 +390,3 @@ class World:
     def _rate_of(self, hold: Hold) -> float:
         node = self.nodes[hold.node_id]
         return sum(node.index[gpu_id].view.cost for gpu_id in hold.gpu_ids)
-
-
-def _count(party: Party, rate: float, running: int, gpus: int) -> None:
-    party.rate += rate
-    party.running += running
-    party.gpus += gpus
-
-
-def suits(gpu: GpuView, job: JobView) -> bool:
-    """Empty, it could hold the job."""
-    return gpu.usable_bytes >= job.required_bytes and job.gpu_class in (None, gpu.gpu_class)
-
-
-# ---- from a snapshot -------------------------------------------------------------------------------------------
-
-
-def build(snapshot: Snapshot) -> World:
-    """Order of rows does not matter: everything is sorted here."""
-    world = World(snapshot)
-    for view in sorted(snapshot.nodes, key=lambda node: (node.name, node.id)):
-        if view.schedulable:
-            world.nodes[view.id] = _node(view)
-    world.sizes = tuple(sorted({gpu.usable_bytes for node in snapshot.nodes for gpu in node.gpus}))
-    world.classes = frozenset(name for node in world.nodes.values() for name in node.classes)
-    world.engines = sorted(snapshot.engines, key=lambda engine: engine.id)
-    _add_tenants(world)
-    _add_running(world)
-    for hold in sorted(snapshot.holds, key=lambda hold: hold.job_id):
-        if hold.kind is HoldKind.PREEMPTION and _still_good(world, hold):
-            job = next((one for one in snapshot.jobs if one.id == hold.job_id), None)
-            if job is not None:
-                world.keep(job, hold)
-    return world
-
-
-def _node(view: NodeView) -> Node:
-    ordered = sorted(view.gpus, key=lambda gpu: (gpu.usable_bytes, gpu.id))
-    gpus = [Gpu(gpu, 1 << place, gpu.free_bytes, gpu.held_by) for place, gpu in enumerate(ordered)]
-    empty = sum(gpu.bit for gpu in gpus if gpu.free == gpu.view.usable_bytes)
-    classes: dict[str, tuple[float, int]] = {}
-    for gpu in gpus:
-        _, mask = classes.get(gpu.view.gpu_class, (0.0, 0))
-        classes[gpu.view.gpu_class] = gpu.view.cost, mask | gpu.bit
-    classes = dict(sorted(classes.items()))
-    everything = sum(gpu.bit for gpu in gpus)
-    index = {gpu.view.id: gpu for gpu in gpus}
-    node = Node(view, view.free_slots, gpus, index, empty, classes, _sizes=[gpu.view.usable_bytes for gpu in gpus])
-    for name, mask in ((None, everything), *((name, mask) for name, (_, mask) in classes.items())):
-        node._by_size[name] = [mask & ~((1 << place) - 1) for place in range(len(gpus) + 1)]
-    return node
-
-
-def _add_tenants(world: World) -> None:
-    """A tenant that the snapshot has no row of weighs 1 and has no limits."""
-    snapshot = world.snapshot
-    for view in sorted(snapshot.projects, key=lambda one: one.id):
-        world.projects[view.id] = Party(view, service=view.service)
-    for view in sorted(snapshot.organizations, key=lambda one: one.id):
-        world.organizations[view.id] = Party(view, service=view.service)
-    for job in snapshot.jobs:
-        queue = world.queues.get(job.project_id)
-        if queue is None:
-            queue = world.queues[job.project_id] = []
-        queue.append(job)
-    known = [(one.project_id, one.organization_id) for one in snapshot.running]
-    known += [(project_id, queue[0].organization_id) for project_id, queue in world.queues.items()]
-    for project_id, organization_id in known:
-        if project_id not in world.projects:
-            world.projects[project_id] = Party(Tenant(project_id, organization_id))
-        if organization_id not in world.organizations:
-            world.organizations[organization_id] = Party(Tenant(organization_id, organization_id))
-    for project_id, queue in world.queues.items():
-        queue.sort(key=attrgetter("queued_at"))
-        ranked = any(job.priority or job.urgent for job in queue)
-        if ranked or any(one.queued_at == other.queued_at for one, other in pairwise(queue)):
-            queue.sort(key=_own_order)
-        world.kinds[project_id] = [world.kind(job) for job in queue]
-        world.projects[project_id].waits = world.organizations[queue[0].organization_id].waits = True
-
-
-def _own_order(job: JobView) -> tuple[bool, int, float, int]:
-    return not job.urgent, -job.priority, job.queued_at, job.id.int
-
-
-def _add_running(world: World) -> None:
-    snapshot = world.snapshot
-    soonest = math.nextafter(snapshot.now, math.inf)
-    for view in sorted(snapshot.running, key=lambda one: one.attempt_id.int):
-        until = math.inf if view.ended and view.stops_at is None else _until(view, snapshot.settings.grace_s)
-        node = world.nodes.get(view.node_id)
-        # what should be gone by now, and is not, may be gone any moment
-        one = Occupant(max(until, soonest), node.mask(view.gpu_ids) if node else 0, view.project_id, 0.0, view)
-        if node is not None:
-            node.occupants.append(one)
-        if not view.ended:
-            one.rate = view.rate
-            for party in (world.projects[view.project_id], world.organizations[view.organization_id]):
-                _count(party, view.rate, 1, len(view.gpu_ids))
-                party.occupants.append(one)
-    for node in world.nodes.values():
-        node.occupants.sort(key=lambda one: one.until)
-        known = 0
-        for one in node.occupants:
-            known |= one.mask
-        node.foreign = sum(gpu.bit for gpu in node.gpus) & ~node.empty & ~known
-
-
-def _until(view: RunningView, grace_s: float) -> float:
-    end = view.started_at + view.limit_s + grace_s
-    return min(end, view.stops_at) if view.stops_at is not None else end
-
-
-def _still_good(world: World, hold: Hold) -> bool:
-    """Its node is there, nobody else was promised its GPUs, and they come back in time."""
-    node = world.nodes.get(hold.node_id)
-    if node is None or world.snapshot.now > hold.promised_at + world.snapshot.settings.grace_s:
-        return False
-    return all(gpu_id in node.index and not node.index[gpu_id].bit & node.kept for gpu_id in hold.gpu_ids)

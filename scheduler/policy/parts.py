@@ -1,0 +1,161 @@
+"""What a pass counts with: devices, nodes, tenants, places and reservations.
+
+Devices of a node are numbered by size, and sets of them are bit masks: a pass over a thousand GPUs asks some hundred
+thousand times which of a node's devices are free.
+"""
+
+import math
+import uuid
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from tunery.contracts.scheduling import GpuView, JobView, NodeView, RunningView, Tenant
+
+Kind = tuple[int, int, str | None, frozenset[tuple[str, str]], bool, str | None, bool]
+
+EPSILON = 1e-9
+"""Rates are sums of fractions."""
+
+
+@dataclass(slots=True)
+class Gpu:
+    """One device of a node that may take work."""
+
+    view: GpuView
+    bit: int
+    free: int
+    held_by: uuid.UUID | None
+    """The project that shares it."""
+
+
+@dataclass(slots=True)
+class Occupant:
+    """Somebody who holds devices of a node until `until` at the latest."""
+
+    until: float
+    mask: int
+    project_id: uuid.UUID
+    rate: float
+    view: RunningView | None = None
+    """None: started in this pass."""
+
+
+@dataclass(slots=True)
+class Node:
+    view: NodeView
+    slots: int
+    gpus: list[Gpu]
+    """Smallest first."""
+    index: dict[uuid.UUID, Gpu]
+    empty: int
+    """Mask of the devices that nobody holds."""
+    classes: dict[str, tuple[float, int]]
+    """Of its devices: what a second on one costs, and their mask."""
+    kept: int = 0
+    """Mask of the devices that are kept for somebody."""
+    occupants: list[Occupant] = field(default_factory=list)
+    """By the moment at which they are gone."""
+    foreign: int = 0
+    """Mask of devices held by nobody we know of, e.g. an engine's base: nobody can say until when."""
+    _sizes: list[int] = field(default_factory=list)
+    _by_size: dict[str | None, list[int]] = field(default_factory=dict)
+    """By class, None for all: of the devices from each place of `gpus` on, the mask."""
+
+    def suitable(self, job: JobView) -> int:
+        """Mask of the devices that could hold the job, were they empty."""
+        from_here = self._by_size.get(job.gpu_class)
+        return from_here[bisect_left(self._sizes, job.required_bytes)] if from_here else 0
+
+    def could_run(self, job: JobView) -> bool:
+        """With nobody else there."""
+        return job.labels <= self.view.labels and self.suitable(job).bit_count() >= job.gpus
+
+    def taken(self, mask: int) -> list[Gpu]:
+        return [gpu for gpu in self.gpus if gpu.bit & mask]
+
+    def mask(self, gpu_ids: Iterable[uuid.UUID]) -> int:
+        return sum(self.index[gpu_id].bit for gpu_id in gpu_ids if gpu_id in self.index)
+
+
+@dataclass(slots=True)
+class Party:
+    """A project or an organization in this pass. `rate` counts what is held for its jobs as running."""
+
+    view: Tenant
+    rate: float = 0.0
+    running: int = 0
+    gpus: int = 0
+    service: float = 0.0
+    waits: bool = False
+    occupants: list[Occupant] = field(default_factory=list)
+
+    def count(self, rate: float, running: int, gpus: int) -> None:
+        self.rate += rate
+        self.running += running
+        self.gpus += gpus
+
+    def score(self, tau_s: float) -> float:
+        return (self.service + tau_s * self.rate) / self.view.weight
+
+    def capped(self, cost: float) -> bool:
+        return self.rate + cost > self.view.cap + EPSILON
+
+    def guaranteed(self, cost: float) -> bool:
+        return self.rate + cost <= self.view.guarantee + EPSILON
+
+    def room_at(self, cost: float) -> float:
+        """When it may take so much more, if everybody runs to the limit; infinity if never."""
+        rate = self.rate
+        if rate + cost <= self.view.cap + EPSILON:
+            return -math.inf
+        for one in sorted(self.occupants, key=lambda one: one.until):
+            rate -= one.rate
+            if rate + cost <= self.view.cap + EPSILON:
+                return one.until
+        return math.inf
+
+    def turn_at(self) -> float:
+        """When fewer of it run than may, if everybody runs to the limit."""
+        most = self.view.max_running
+        if most is None or self.running < most:
+            return -math.inf
+        gone = self.running - most
+        ends = sorted(one.until for one in self.occupants)
+        return ends[gone] if gone < len(ends) and most else math.inf
+
+    def running_at(self, at: float) -> int:
+        """Then, of what runs now."""
+        return self.running - sum(one.until <= at for one in self.occupants)
+
+    def rate_at(self, at: float) -> float:
+        """Then, of what runs now."""
+        return self.rate - sum(one.rate for one in self.occupants if one.until <= at)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a job would run, and what it would hold there."""
+
+    node_id: uuid.UUID
+    mask: int
+    bytes_per_gpu: int
+    exclusive: bool
+    rate: float
+    engine_id: uuid.UUID | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """EASY: this job starts there by then, whatever else is started meanwhile."""
+
+    job: JobView
+    at: float
+    node_id: uuid.UUID
+    gpu_class: str
+    rate: float
+
+
+def suits(gpu: GpuView, job: JobView) -> bool:
+    """Empty, it could hold the job."""
+    return gpu.usable_bytes >= job.required_bytes and job.gpu_class in (None, gpu.gpu_class)
