@@ -88,6 +88,8 @@ class Party:
     gpus: int = 0
     service: float = 0.0
     waits: bool = False
+    lost: float = 0.0
+    """Rate that this pass takes from it."""
     occupants: list[Occupant] = field(default_factory=list)
 
     def count(self, rate: float, running: int, gpus: int) -> None:

@@ -7,13 +7,53 @@ has run for a while. What is freed is kept for the beneficiary until it starts.
 
 import uuid
 from collections import defaultdict
+from dataclasses import dataclass
 
-from scheduler.policy.parts import EPSILON, Node, Party, Place
+from scheduler.policy.parts import EPSILON, Node, Occupant, Party, Place
 from scheduler.policy.world import World
 from tunery.contracts.scheduling import Hold, HoldKind, JobView, Preempt, PreemptKind, RunningView
 
 Found = tuple[PreemptKind, Node, list[RunningView], int]
 """By which right, where, who, and the mask of the devices."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """Somebody who might be moved off."""
+
+    occupant: Occupant
+    view: RunningView
+    project: Party
+    organization: Party
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """What a job asks for, by which right, and how well off its tenants would be."""
+
+    job: JobView
+    rate: float
+    kind: PreemptKind
+    project: Party
+    organization: Party
+
+    @property
+    def by_its_project(self) -> bool:
+        return self.project.guaranteed(self.rate)
+
+
+class _Taken:
+    """Rate that choosing these victims takes from each of their tenants."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, float] = {}
+
+    def add(self, one: _Candidate) -> None:
+        for party in (one.project, one.organization):
+            self._of[id(party)] = self.of(party) + one.view.rate
+
+    def of(self, party: Party) -> float:
+        return self._of.get(id(party), 0.0) if self._of else 0.0
 
 
 class Room:
@@ -22,25 +62,30 @@ class Room:
     def __init__(self, world: World) -> None:
         self._world = world
         settings, now = world.snapshot.settings, world.snapshot.now
-        self._lost: dict[uuid.UUID, float] = defaultdict(float)
-        """Rate that this pass takes away, by project and by organization."""
-        self._asked: set[uuid.UUID] = set()
         since = now - settings.window_s
         self._pairs = {(one.beneficiary, one.victim) for one in world.snapshot.preemptions if one.at > since}
-        self._by_node: dict[uuid.UUID, list[tuple[int, RunningView]]] = defaultdict(list)
-        """Mask of the devices, and who holds them."""
-        self._movable: set[uuid.UUID] = set()
-        self._nodes_of: dict[uuid.UUID, set[uuid.UUID]] = defaultdict(set)
-        """By project: the nodes from which it might be moved off."""
+        self._movable: dict[uuid.UUID, list[_Candidate]] = {}
+        """By node: those who might be moved off, and have not been asked to."""
+        self._nodes_of: dict[int, list[uuid.UUID]] = defaultdict(list)
+        """By project (its `id()`): the nodes from which it might be moved off."""
+        tenants: dict[uuid.UUID, list[Party]] = {}
         if settings.preemption:
             for node in world.nodes.values():
-                for one in node.occupants:
-                    if one.view is not None:
-                        self._by_node[node.view.id].append((one.mask, one.view))
-                        if self._may_be_moved(one.view):
-                            self._movable.add(one.view.attempt_id)
-                            self._nodes_of[one.project_id].add(node.view.id)
-        self._tenants = [(one, world.projects[one]) for one in sorted(self._nodes_of)]
+                found = [
+                    _Candidate(one, one.view, world.projects[one.project_id], self._organization(one.view))
+                    for one in node.occupants
+                    if one.view is not None and self._may_be_moved(one.view)
+                ]
+                if found:
+                    self._movable[node.view.id] = found
+                for project in {id(one.project): one.project for one in found}.values():
+                    if id(project) not in self._nodes_of:
+                        tenants.setdefault(project.view.organization_id, []).append(project)
+                    self._nodes_of[id(project)].append(node.view.id)
+        self._tenants = [(world.organizations[one], projects) for one, projects in tenants.items()]
+
+    def _organization(self, view: RunningView) -> Party:
+        return self._world.organizations[view.organization_id]
 
     def _may_be_moved(self, view: RunningView) -> bool:
         settings, now = self._world.snapshot.settings, self._world.snapshot.now
@@ -67,16 +112,16 @@ class Room:
         project, organization = world.parties(job)
         by_right = project.guaranteed(cost) or organization.guaranteed(cost)
         kind = PreemptKind.GUARANTEE if by_right else PreemptKind.FAIR_SHARE
-        givers = self._givers(job, cost, kind)
-        if not givers:
-            return None
+        claim = _Claim(job, cost, kind, project, organization)
+        givers = self._givers(claim)
+        near = {node_id for giver in givers for node_id in self._nodes_of[giver]}
         best: tuple[float, ...] | None = None
         chosen: Found | None = None
-        near = set().union(*(self._nodes_of[one] for one in givers))
-        for node in world.nodes.values():
-            if node.view.id not in near or not node.could_run(job):
+        for node_id in self._movable if near else ():
+            node = world.nodes[node_id]
+            if node_id not in near or not node.could_run(job):
                 continue
-            found = self._on(node, job, cost, kind, givers)
+            found = self._on(node, claim, givers)
             if found is not None:
                 victims, mask = found
                 key = sum(len(view.gpu_ids) for view in victims), len(victims), sum(map(self._unsaved, victims))
@@ -84,43 +129,35 @@ class Room:
                     best, chosen = key, (kind, node, victims, mask)
         return chosen
 
-    def _givers(self, job: JobView, cost: float, kind: PreemptKind) -> set[uuid.UUID]:
-        """Projects that could lose something to the job. Most of a balanced cluster's cannot: seen by four numbers."""
-        mine, organization = self._world.parties(job)
-        found = self._tenants
-        if kind is PreemptKind.FAIR_SHARE:
-            served, after = mine.service / mine.view.weight, (mine.rate + cost) / mine.view.weight - EPSILON
-            found = [
-                (id, party)
-                for id, party in found
-                if party.view.organization_id != organization.view.id
-                or (party.rate >= after * party.view.weight and party.service > served * party.view.weight)
-            ]
-        return {id for id, party in found if self._may_give(job, cost, kind, party, 0.0, {})}
+    def _givers(self, claim: _Claim) -> set[int]:
+        """Projects, by `id()`, that could lose something to the job. In a balanced cluster none could, and almost all
+        are told by their organization alone."""
+        return {
+            id(project)
+            for organization, projects in self._tenants
+            if organization is claim.organization or self._organization_may_give(claim, organization, 0.0)
+            for project in projects
+            if self._project_may_give(claim, project, 0.0)
+        }
 
-    def _on(
-        self, node: Node, job: JobView, cost: float, kind: PreemptKind, givers: set[uuid.UUID]
-    ) -> tuple[list[RunningView], int] | None:
-        here = self._by_node[node.view.id]
-        candidates = [
-            view for _, view in here if view.project_id in givers and view.attempt_id in self._movable - self._asked
-        ]
+    def _on(self, node: Node, claim: _Claim, givers: set[int]) -> tuple[list[RunningView], int] | None:
+        job = claim.job
+        candidates = [one for one in self._movable[node.view.id] if id(one.project) in givers]
         if self._free(node, job, candidates).bit_count() < job.gpus:
             return None  # not even if all of them left
         candidates.sort(key=self._rank)
-        chosen: list[RunningView] = []
-        taken: dict[uuid.UUID, float] = {}
-        for view in candidates:
-            if self._may_give(job, cost, kind, self._world.projects[view.project_id], view.rate, taken):
-                chosen.append(view)
-                for tenant in (view.project_id, view.organization_id):
-                    taken[tenant] = taken.get(tenant, 0.0) + view.rate
+        chosen: list[_Candidate] = []
+        taken = _Taken()
+        for one in candidates:
+            if self._may_give(claim, one, taken, one.view.rate):
+                chosen.append(one)
+                taken.add(one)
                 if self._free(node, job, chosen).bit_count() >= job.gpus:
                     break
-        if self._free(node, job, chosen).bit_count() < job.gpus:
+        else:
             return None
-        for view in reversed(chosen[:]):  # whoever turns out not to be needed stays
-            fewer = [one for one in chosen if one is not view]
+        for one in reversed(chosen[:]):  # whoever turns out not to be needed stays
+            fewer = [other for other in chosen if other is not one]
             if self._free(node, job, fewer).bit_count() >= job.gpus:
                 chosen = fewer
         if not chosen:
@@ -132,65 +169,65 @@ class Room:
         settings, now = self._world.snapshot.settings, self._world.snapshot.now
         until = now + settings.grace_s + job.limit_s + settings.grace_s
         rate = sum(gpu.view.cost for gpu in node.taken(mask))
-        if rate != cost and not self._still_right(job, rate, kind, chosen):
+        if rate != claim.rate and not self._still_right(claim, rate, chosen):
             return None
         place = Place(node.view.id, mask, job.required_bytes, True, rate)
-        return (chosen, mask) if self._world.admits(job, place, until) else None
+        return ([one.view for one in chosen], mask) if self._world.admits(job, place, until) else None
 
-    def _still_right(self, job: JobView, rate: float, kind: PreemptKind, chosen: list[RunningView]) -> bool:
+    def _still_right(self, claim: _Claim, rate: float, chosen: list[_Candidate]) -> bool:
         """Of devices that cost more than the cheapest that could take it."""
-        project, organization = self._world.parties(job)
-        if kind is PreemptKind.GUARANTEE and not (project.guaranteed(rate) or organization.guaranteed(rate)):
+        dearer = _Claim(claim.job, rate, claim.kind, claim.project, claim.organization)
+        if claim.kind is PreemptKind.GUARANTEE and not (dearer.by_its_project or claim.organization.guaranteed(rate)):
             return False
-        taken: dict[uuid.UUID, float] = defaultdict(float)
-        for view in chosen:
-            taken[view.project_id] += view.rate
-            taken[view.organization_id] += view.rate
-        return self._world.within_caps(job, rate) and all(
-            self._may_give(job, rate, kind, self._world.projects[view.project_id], 0.0, taken) for view in chosen
+        taken = _Taken()
+        for one in chosen:
+            taken.add(one)
+        return self._world.within_caps(claim.job, rate) and all(
+            self._may_give(dearer, one, taken, 0.0) for one in chosen
         )
 
-    def _free(self, node: Node, job: JobView, leaving: list[RunningView]) -> int:
+    def _free(self, node: Node, job: JobView, leaving: list[_Candidate]) -> int:
         """Devices of the node, of one class, that suit the job once these have left."""
-        gone = {view.attempt_id for view in leaving}
+        gone = {id(one.occupant) for one in leaving}
         used = node.foreign | node.kept
         for one in node.occupants:
-            if one.view is None or one.view.attempt_id not in gone:
+            if id(one) not in gone:
                 used |= one.mask
         free = node.suitable(job) & ~used
         return max((free & mask for _, mask in node.classes.values()), key=int.bit_count, default=0)
 
-    def _may_give(
-        self,
-        job: JobView,
-        cost: float,
-        kind: PreemptKind,
-        victim: Party,
-        rate: float,
-        taken: dict[uuid.UUID, float],
-    ) -> bool:
-        """Whether this project may lose `rate` to the job, beside what it loses already."""
-        world, view = self._world, victim.view
-        if view.id == job.project_id or (view.id, job.project_id) in self._pairs:
-            return False
-        theirs = world.organizations[view.organization_id]
-        project, organization = world.parties(job)
-        left = victim.rate - self._lost[view.id] - taken.get(view.id, 0.0) - rate
-        left_of_all = theirs.rate - self._lost[theirs.view.id] - taken.get(theirs.view.id, 0.0) - rate
-        elsewhere = view.organization_id != job.organization_id
-        if left < victim.view.guarantee - EPSILON or (elsewhere and left_of_all < theirs.view.guarantee - EPSILON):
-            return False
-        if kind is PreemptKind.GUARANTEE:
-            return elsewhere or project.guaranteed(cost)
-        mine, other, other_left = (organization, theirs, left_of_all) if elsewhere else (project, victim, left)
-        fairer = (mine.rate + cost) / mine.view.weight <= other_left / other.view.weight + EPSILON
-        return fairer and mine.service / mine.view.weight < other.service / other.view.weight
+    def _may_give(self, claim: _Claim, one: _Candidate, taken: _Taken, rate: float) -> bool:
+        """Whether its tenants may lose `rate` to the job, beside what they lose already."""
+        project, organization = one.project, one.organization
+        return self._project_may_give(claim, project, taken.of(project) + rate) and (
+            organization is claim.organization
+            or self._organization_may_give(claim, organization, taken.of(organization) + rate)
+        )
 
-    def _rank(self, view: RunningView) -> tuple[object, ...]:
+    def _project_may_give(self, claim: _Claim, victim: Party, taken: float) -> bool:
+        view, job = victim.view, claim.job
+        if victim is claim.project or (view.id, job.project_id) in self._pairs:
+            return False
+        left = victim.rate - victim.lost - taken
+        if left < view.guarantee - EPSILON:
+            return False
+        if view.organization_id != job.organization_id:
+            return True
+        if claim.kind is PreemptKind.GUARANTEE:
+            return claim.by_its_project
+        return _fairer(claim.project, claim.rate, victim, left)
+
+    def _organization_may_give(self, claim: _Claim, victim: Party, taken: float) -> bool:
+        """To another organization."""
+        left = victim.rate - victim.lost - taken
+        if left < victim.view.guarantee - EPSILON:
+            return False
+        return claim.kind is PreemptKind.GUARANTEE or _fairer(claim.organization, claim.rate, victim, left)
+
+    def _rank(self, one: _Candidate) -> tuple[object, ...]:
         """Who goes first: low priority, a tenant that has had much, little to lose, not long at it."""
-        tau_s = self._world.snapshot.settings.tau_s
-        score = self._world.projects[view.project_id].score(tau_s)
-        return view.priority, -score, self._unsaved(view), -view.started_at, view.attempt_id
+        view, tau_s = one.view, self._world.snapshot.settings.tau_s
+        return view.priority, -one.project.score(tau_s), self._unsaved(view), -view.started_at, view.attempt_id
 
     def _unsaved(self, view: RunningView) -> float:
         """GPU-seconds of work behind its newest checkpoint."""
@@ -202,12 +239,20 @@ class Room:
     ) -> tuple[Hold, list[Preempt]]:
         """Ask them to leave."""
         by = self._world.snapshot.now + self._world.snapshot.settings.grace_s
-        for view in victims:
-            self._asked.add(view.attempt_id)
-            self._pairs.add((job.project_id, view.project_id))
-            for tenant in (view.project_id, view.organization_id):
-                self._lost[tenant] += view.rate
+        asked = {view.attempt_id for view in victims}
+        for one in self._movable[node.view.id]:
+            if one.view.attempt_id in asked:
+                self._pairs.add((job.project_id, one.view.project_id))
+                one.project.lost += one.view.rate
+                one.organization.lost += one.view.rate
+        self._movable[node.view.id] = [one for one in self._movable[node.view.id] if one.view.attempt_id not in asked]
         taken = node.taken(mask)
         ids = tuple(gpu.view.id for gpu in taken)
         hold = Hold(job.id, HoldKind.PREEMPTION, taken[0].view.gpu_class, node.view.id, ids, by)
         return hold, [Preempt(view.attempt_id, view.job_id, job.id, kind) for view in victims]
+
+
+def _fairer(mine: Party, rate: float, theirs: Party, left: float) -> bool:
+    """The loser is better off than the winner after it, and has had more so far."""
+    after = (mine.rate + rate) / mine.view.weight <= left / theirs.view.weight + EPSILON
+    return after and mine.service / mine.view.weight < theirs.service / theirs.view.weight

@@ -72,6 +72,7 @@ def main() -> int:
         nemesis.heal()
         broken += [f"no rest: {each}" for each in deployment.rest(workload, 900 if options.production else 300)]
         history = deployment.history(workload.finish())
+        history.killed = nemesis.killed()
         broken += violations(history) + workload.refused
         report = _report(options, deployment, workload, nemesis, history, broken, time.monotonic() - began)
     finally:
@@ -94,6 +95,7 @@ def _report(
 ) -> dict[str, Any]:
     with deployment.fleet.look() as session:
         again = session.execute(RECOVERIES).all()
+    noticed = history.detections()
     gaps = [float(row.started - row.ended) for row in again]
     states = Counter(job.state for job in history.jobs.values())
     tries = Counter(each.state for each in history.tries)
@@ -108,7 +110,8 @@ def _report(
         "versions": len(history.versions),
         "lost_answers": workload.unknown,
         "spared": nemesis.spared,
-        "again_s": {"median": round(statistics.median(gaps), 2), "worst": round(max(gaps), 2)} if gaps else None,
+        "detection_s": _spread(noticed),
+        "again_s": _spread(gaps),
         "violations": len(broken),
     }
     return {
@@ -123,6 +126,12 @@ def _report(
             **{name: version(name) for name in ("sqlalchemy", "psycopg", "rq", "redis", "fastapi")},
         },
     }
+
+
+def _spread(seconds: list[float]) -> dict[str, float] | None:
+    if not seconds:
+        return None
+    return {"of": len(seconds), "median": round(statistics.median(seconds), 2), "worst": round(max(seconds), 2)}
 
 
 def _options() -> argparse.Namespace:

@@ -23,6 +23,8 @@ from tunery.states import LIVE_ATTEMPT, TERMINAL
 from worker import processes
 
 OPEN_JOBS = select(Job.id, Job.state).where(Job.state.not_in(sorted(TERMINAL)))
+DETECTION_S = 90
+"""A dead process is noticed, and its attempt ended, within so long with production clocks."""
 SECRET = re.compile(r"ftk_live_\w{12}_\w{38}|postgresql://[^:/\s]+:[^@\s]+@|redis://[^:/\s]*:[^@\s]+@")
 """An API key, or a URL with its password."""
 
@@ -72,6 +74,8 @@ class Try:
     steps: tuple[int, ...]
     """Steps whose loss is stored under it, in order."""
     log: str
+    ended_at: float | None = None
+    """Seconds since 1970, by Postgres."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,16 @@ class History:
     """Program and what it wrote."""
     scheduling: list[str] = field(default_factory=list)
     """What Postgres' own record says against the scheduler: see `_scheduling`."""
+    killed: dict[uuid.UUID, float] = field(default_factory=dict)
+    """Attempts of which a process was killed, and when."""
+
+    def detections(self) -> list[float]:
+        """Seconds from each kill to the end of the attempt that it cost; one that was done anyway is none."""
+        return [
+            each.ended_at - self.killed[each.id]
+            for each in self.tries
+            if each.id in self.killed and each.ended_at is not None and each.state in ("lost", "failed")
+        ]
 
 
 def collect(fleet: Fleet, told: list[Told]) -> History:
@@ -134,6 +148,7 @@ def collect(fleet: Fleet, told: list[Told]) -> History:
             f"{row.failure_code or ''} {row.failure_message or ''}",
             steps.get((row.job_id, row.no), ()),
             _log(fleet, row.project_id, row.id),
+            row.ended_at.timestamp() if row.ended_at else None,
         )
         for row in attempts
     ]
@@ -154,7 +169,7 @@ def collect(fleet: Fleet, told: list[Told]) -> History:
 def violations(history: History) -> list[str]:
     """All of them; an empty list is what every test of chaos wants."""
     found: list[str] = []
-    for check in (_jobs, _fences, _versions, _objects, _curves, _events, _clients, _devices, _rest, _secrets):
+    for check in (_jobs, _fences, _versions, _objects, _curves, _events, _clients, _devices, _rest, _secrets, _detected):
         found += check(history)
     return found
 
@@ -272,6 +287,11 @@ def _secrets(history: History) -> Iterator[str]:
 
 
 # ---- the evidence --------------------------------------------------------------------------------------------------
+
+
+def _detected(history: History) -> Iterator[str]:
+    if late := [each for each in history.detections() if each > DETECTION_S]:
+        yield f"{len(late)} deaths were noticed after more than {DETECTION_S} s, the last after {max(late):.0f} s"
 
 
 def _by_job(history: History) -> dict[uuid.UUID, list[Try]]:

@@ -13,6 +13,7 @@ import random
 import signal
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -51,6 +52,8 @@ class Struck:
     job: str | None = None
     for_s: float = 0
     """How long a pause or a cut lasted, or until a killed program was started again."""
+    time: float = 0
+    """Seconds since 1970."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,14 +102,24 @@ class Nemesis:
             if waited > (wait_s if self._is_there(victim) and not self._weak() else 6 * wait_s):
                 break  # an idle victim will do; nobody at all, or a job's last life, is worth a longer wait
             time.sleep(0.05)
+        now = time.time()
         how, for_s = self._hit(victim, manner)
         struck = Struck(
             round(time.monotonic() - self._began, 2), how, victim.name, victim.pid, victim.state, victim.busy,
-            victim.job, round(for_s, 2),
+            victim.job, round(for_s, 2), now,
         )  # fmt: skip
         self.struck.append(struck)
         self._hit_already.add((kind, victim.name.rpartition(" ")[2]))
         return struck
+
+    def killed(self) -> dict[uuid.UUID, float]:
+        """Attempts whose trainer or supervisor was killed, and when it was first."""
+        found: dict[uuid.UUID, float] = {}
+        for each in self.struck:
+            kind, _, attempt = each.victim.partition(" of ")
+            if attempt and each.how == "SIGKILL" and kind in ("trainer", "supervisor"):
+                found.setdefault(uuid.UUID(attempt), each.time)
+        return found
 
     def later(self, seconds: float, mend: Callable[[], Any]) -> None:
         """On a thread of its own: nothing that is to be mended waits for anything else."""

@@ -21,7 +21,7 @@ def true_history() -> History:
         told=[Told(ids.encode(ids.JOB, JOB), ["validating_files", "queued", "running", "succeeded"])],
         jobs={JOB: Ended(JOB, "succeeded", "", 20, (1, 2, 3), 1)},
         tries=[
-            Try(FIRST, JOB, 1, 7, "failed", 0, "trainer_crashed", tuple(range(1, 13)), witness.STARTED),
+            Try(FIRST, JOB, 1, 7, "failed", 0, "trainer_crashed", tuple(range(1, 13)), witness.STARTED, 1030.0),
             Try(SECOND, JOB, 2, 9, "succeeded", 10, "", tuple(range(11, 21)), witness.STARTED),
         ],
         versions=[Version(JOB, SECOND, {key: "5ha"})],
@@ -30,6 +30,7 @@ def true_history() -> History:
         held=[],
         processes={},
         logs={"api.log": '{"event": "ready"}'},
+        killed={FIRST: 1000.0},
     )
 
 
@@ -55,6 +56,7 @@ FALSE: dict[str, Callable[[History], object]] = {
     "with bad rows": lambda h: setattr(h.told[0], "bad", True),
     "has 2 versions": lambda h: h.versions.append(h.versions[0]),
     "has 0 versions": lambda h: h.versions.clear(),
+    "noticed after more than": lambda h: h.killed.update({FIRST: 900.0}),
     "did not succeed": lambda h: second(h, state="lost"),
     "is missing": lambda h: h.objects.pop(next(iter(h.versions[0].files))),
     "is damaged": lambda h: h.objects.update(dict.fromkeys(h.versions[0].files, "other")),
