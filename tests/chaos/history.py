@@ -169,7 +169,8 @@ def collect(fleet: Fleet, told: list[Told]) -> History:
 def violations(history: History) -> list[str]:
     """All of them; an empty list is what every test of chaos wants."""
     found: list[str] = []
-    for check in (_jobs, _fences, _versions, _objects, _curves, _events, _clients, _devices, _rest, _secrets, _detected):
+    checks = _jobs, _fences, _versions, _objects, _curves, _events, _clients, _devices, _rest, _secrets, _detected
+    for check in checks:
         found += check(history)
     return found
 
