@@ -18,8 +18,11 @@ from tunery.contracts.events import EVENTS, Checkpoint, FileEntry
 from tunery.storage import CorruptObject, Storage
 from worker import folders, processes
 from worker.isolation import uids
+from worker.isolation.host import Ways
+from worker.isolation.walls import Way
 from worker.meters import Meters
 from worker.node import Node
+from worker.trainers import DedicatedTrainer
 from worker.uploads import CheckpointUploads, upload
 from worker.workspace import Workspace
 
@@ -164,3 +167,32 @@ def test_burying_the_dead_ends_nobody_who_got_their_uid(
         assert successor.poll() is None
     finally:
         left.kill()
+
+
+def test_a_trainer_that_is_ended_again_ends_nobody_who_got_its_uid(workspace: Workspace, tmp_path: Path) -> None:
+    """A supervisor makes sure twice: when its trainer has spoken its last word, and when all else is done."""
+    if os.geteuid() != 0:
+        pytest.skip("only root gives trainers uids")
+    (workspace.root / "tmp").mkdir()
+    (workspace.root / "data").mkdir()
+    workspace.socket.touch()
+    workspace.spec.write_text("{}")
+    settings: Any = SimpleNamespace(
+        home=tmp_path, trainer_uids="60812", trainer_module="calendar", trainer_cgroups="", trainer_processes=64,
+        trainer_memory_bytes=1 << 30, max_log_bytes=1 << 20, trainer_readable="", trainer_hidden="",
+        model_store=None, trainer_threads=1,
+    )  # fmt: skip
+    work: Any = SimpleNamespace(attempt_id=workspace.root.name, devices=(("cpu", "cpu"),), engine_socket=None)
+    first = DedicatedTrainer(work, workspace, settings, Ways(Way(own_uid=True), None))
+    first.start()
+    assert workspace.owner() == 60812
+    assert first.end()
+    held = uids.take("60812", tmp_path)
+    second = subprocess.Popen(["sleep", "60"], user=held.uid, group=held.uid, extra_groups=[])
+    try:
+        assert first.end()
+        assert second.poll() is None
+    finally:
+        second.kill()
+        second.wait()
+        held.release()

@@ -26,7 +26,7 @@ class Cell:
 
     @property
     def uid(self) -> int | None:
-        """The trainer's own, if it has one."""
+        """The trainer's own, if it has one, until `close`."""
         return self._held.uid if self._held else None
 
     def open(self, argv: Sequence[str], marks: Mapping[str, str], devices: Sequence[str]) -> list[str]:
@@ -75,11 +75,12 @@ class Cell:
         return 128 - code if self._way is not None and code > 128 else code
 
     def close(self) -> None:
-        """Everything has been ended. Idempotent."""
+        """Everything has been ended. Idempotent. The uid may be somebody else's at once: here it is forgotten."""
         limits.end(self._groups)
         self._groups = []
         if self._held is not None:
-            self._held.release()
+            held, self._held = self._held, None
+            held.release()
 
     def _make_groups(self) -> list[Path]:
         folders = limits.parents(self._settings.trainer_cgroups)
