@@ -205,7 +205,6 @@ def test_a_full_disk_is_a_503_and_everything_goes_on_when_there_is_space_again(
                 running.until(refused, 30)
                 ballast.unlink()
                 _api_waits_and_serves_again(running, mine, client)
-            # SeaweedFS looks at its disk once a minute: having seen it full, it takes nothing until it looks again.
-            succeeds(running, job_id, attempts=1, steps=80, timeout_s=150)
+            succeeds(running, job_id, attempts=1, steps=80)
     finally:
         subprocess.run(["umount", "--lazy", home.root], check=True)

@@ -1,5 +1,6 @@
 """The servers together: those that no URL replaces are started at the same time and waited for."""
 
+import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from tunery.embedded.process import Child
 from tunery.embedded.valkey import Valkey
 
 READY_TIMEOUT_S = 60
+FULL_BYTES, ROOM_BYTES = 32 << 20, 64 << 20
+"""With less than the first the disk is called full, until there is more than the second."""
 _GIVE_UP_AFTER = 3
 
 
@@ -104,6 +107,7 @@ class Servers:
         self.postgres: Postgres | None = None
         self.valkey: Valkey | None = None
         self.objects: Objects | None = None
+        self._disk_was_full = False
 
     def start(self) -> None:
         """Ready in about a second. A port lost between choosing and binding fails this start; the next chooses anew."""
@@ -133,7 +137,22 @@ class Servers:
 
     def tend(self) -> list[Child]:
         """Look after every child once; those that changed."""
-        return [child for child in self.children.values() if child.tend()]
+        changed = [child for child in self.children.values() if child.tend()]
+        if self.objects and self._has_room_again():
+            self._start_anew(self.children[self.objects.name])
+        return changed
+
+    def _has_room_again(self) -> bool:
+        free, was_full = shutil.disk_usage(self.home.data).free, self._disk_was_full
+        self._disk_was_full = free < (ROOM_BYTES if was_full else FULL_BYTES)
+        return was_full and not self._disk_was_full
+
+    def _start_anew(self, store: Child) -> None:
+        """SeaweedFS notices room a minute late, and what failed to write its index while there was none may fail
+        ever after. A new start cures both; nothing that was acknowledged is lost."""
+        if store.process is not None:
+            store.stop()
+            store.start()
 
     def stop(self) -> None:
         """Objects, Valkey, Postgres: what others still write to goes last."""
