@@ -84,8 +84,8 @@ def _breaks_promises(patch: pytest.MonkeyPatch) -> None:
 
 def _takes_turns(patch: pytest.MonkeyPatch) -> None:
     """Any victim will do, however often."""
-    patch.setattr(preempt.Room, "_may_give", lambda self, job, *more: more[2].view.id != job.project_id)
-    patch.setattr(preempt.Room, "_givers", lambda self, job, cost, kind: set(self._nodes_of) - {job.project_id})
+    patch.setattr(preempt.Room, "_project_may_give", lambda self, claim, victim, *more: victim is not claim.project)
+    patch.setattr(preempt.Room, "_organization_may_give", lambda *more: True)
     patch.setattr(preempt.Room, "_may_be_moved", lambda self, view: not view.stopping and not view.ended)
 
 

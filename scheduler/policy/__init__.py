@@ -161,13 +161,13 @@ class _Walk:
         project = self._world.projects[project_id]
         if project.view.blocked or _too_many(project):
             return None
-        last, never = self._last[project_id], self._world.never
+        last, never = self._last[project_id], self._world.never[project_id]
         while head < last:
             job, kind = queue[head], kinds[head]
             if job.limit_s < failed.get(kind, math.inf) and job.id.int not in self.started:
                 break
             head += 1
-            if last < len(queue) and (kind, project_id) in never:
+            if kind in never and last < len(queue):
                 last += 1  # however many of those there are, they keep nobody out
         self._heads[project_id], self._last[project_id] = head, last
         if head >= last:
@@ -192,7 +192,7 @@ class _Walk:
         # a shorter job of the same kind may still end before the reservation that keeps this one out
         failed[self._world.kind(job)] = job.limit_s if fits and world.within_caps(job, cost) else 0.0
         if world.is_hopeless(job, cost):
-            world.never.add((world.kind(job), job.project_id))
+            world.never[job.project_id].add(world.kind(job))
             return
         if fits or not world.within_caps(job, cost):
             return

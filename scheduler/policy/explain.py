@@ -29,15 +29,17 @@ def all_that_wait(
     explanations: list[Explanation] = []
     waits: list[Wait] = []
     names: dict[Kind, str] = {}
+    held = {job_id.int: hold for job_id, hold in holds.items()}  # a UUID's own hash is slow
     for project_id, queue in sorted(world.queues.items()):
         longest: dict[Kind, JobView] = {}
         for job, kind in zip(queue, world.kinds[project_id], strict=True):
-            if holds and (hold := holds.get(job.id)) is not None:
-                waits.append(Wait(job.id, _held(hold)))
+            number = job.id.int
+            if number in held:
+                waits.append(Wait(job.id, _held(held[number])))
                 continue
             # of one kind, the job with the longest limit has the fewest places: what keeps it out is told
             other = longest.get(kind)
-            if (other is not None and job.limit_s <= other.limit_s) or job.id.int in started:
+            if (other is not None and job.limit_s <= other.limit_s) or number in started:
                 continue
             longest[kind] = job
         seen = {

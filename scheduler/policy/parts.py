@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 
 from tunery.contracts.scheduling import GpuView, JobView, NodeView, RunningView, Tenant
 
-Kind = tuple[int, int, str | None, frozenset[tuple[str, str]], bool, str | None, bool]
+Kind = int
+"""Jobs of one kind fit the same places: see `World.kind`. A number, because a pass looks one up for every job that
+waits."""
 
 EPSILON = 1e-9
 """Rates are sums of fractions."""

@@ -5,6 +5,7 @@ and after, two projects never take turns within a window, a job is moved a few t
 has run for a while. What is freed is kept for the beneficiary until it starts.
 """
 
+import math
 import uuid
 from collections import defaultdict
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ class Room:
         """By node: those who might be moved off, and have not been asked to."""
         self._nodes_of: dict[int, list[uuid.UUID]] = defaultdict(list)
         """By project (its `id()`): the nodes from which it might be moved off."""
+        self._least: dict[int, float] = {}
+        """By project (its `id()`): the smallest rate that it could lose."""
         tenants: dict[uuid.UUID, list[Party]] = {}
         if settings.preemption:
             for node in world.nodes.values():
@@ -78,6 +81,8 @@ class Room:
                 ]
                 if found:
                     self._movable[node.view.id] = found
+                for one in found:
+                    self._least[id(one.project)] = min(one.view.rate, self._least.get(id(one.project), math.inf))
                 for project in {id(one.project): one.project for one in found}.values():
                     if id(project) not in self._nodes_of:
                         tenants.setdefault(project.view.organization_id, []).append(project)
@@ -130,15 +135,19 @@ class Room:
         return chosen
 
     def _givers(self, claim: _Claim) -> set[int]:
-        """Projects, by `id()`, that could lose something to the job. In a balanced cluster none could, and almost all
-        are told by their organization alone."""
-        return {
-            id(project)
-            for organization, projects in self._tenants
-            if organization is claim.organization or self._organization_may_give(claim, organization, 0.0)
-            for project in projects
-            if self._project_may_give(claim, project, 0.0)
-        }
+        """Projects, by `id()`, that could lose a job of theirs to this one. In a balanced cluster hardly any could, and
+        most are told by their organization alone."""
+        found: set[int] = set()
+        for organization, projects in self._tenants:
+            mine = organization is claim.organization
+            if mine or self._organization_may_give(claim, organization, 0.0):
+                for project in projects:
+                    least = self._least[id(project)]
+                    if self._project_may_give(claim, project, least) and (
+                        mine or self._organization_may_give(claim, organization, least)
+                    ):
+                        found.add(id(project))
+        return found
 
     def _on(self, node: Node, claim: _Claim, givers: set[int]) -> tuple[list[RunningView], int] | None:
         job = claim.job

@@ -52,10 +52,11 @@ def _add_tenants(world: World) -> None:
         world.projects[view.id] = Party(view, service=view.service)
     for view in sorted(snapshot.organizations, key=lambda one: one.id):
         world.organizations[view.id] = Party(view, service=view.service)
+    by_number: dict[int, list[JobView]] = {}  # a UUID's own hash is slow
     for job in snapshot.jobs:
-        queue = world.queues.get(job.project_id)
+        queue = by_number.get(number := job.project_id.int)
         if queue is None:
-            queue = world.queues[job.project_id] = []
+            by_number[number] = world.queues[job.project_id] = queue = []
         queue.append(job)
     known = [(one.project_id, one.organization_id) for one in snapshot.running]
     known += [(project_id, queue[0].organization_id) for project_id, queue in world.queues.items()]

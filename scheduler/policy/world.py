@@ -1,9 +1,9 @@
 """The snapshot as a pass changes it: what is free where, who holds it until when, and what each tenant has."""
 
 import math
-import operator
 import uuid
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -36,8 +36,9 @@ class World:
     sizes: tuple[int, ...] = ()
     _nowhere: set[tuple[Kind, uuid.UUID | None]] = field(default_factory=set)
     """Kinds that fit on no node; room only shrinks in a pass. What shares fits by project."""
-    never: set[tuple[Kind, uuid.UUID]] = field(default_factory=set)
-    """Kinds of a project that could not start even if nobody else were there."""
+    never: dict[uuid.UUID, set[Kind]] = field(default_factory=lambda: defaultdict(set))
+    """By project: kinds that could not start even if nobody else were there."""
+    _kinds: dict[tuple[object, ...], Kind] = field(default_factory=dict)
     _costs: dict[tuple[int, int, str | None, frozenset[tuple[str, str]]], float] = field(default_factory=dict)
     _byte: float | None = None
 
@@ -48,7 +49,8 @@ class World:
         key = job.engine_key if self.snapshot.settings.engines else None
         shared = job.shareable or key is not None
         size = job.required_bytes if shared else bisect_left(self.sizes, job.required_bytes)
-        return job.gpus, size, job.gpu_class, job.labels, job.shareable, key, job.urgent
+        kind = job.gpus, size, job.gpu_class, job.labels, job.shareable, key, job.urgent
+        return self._kinds.setdefault(kind, len(self._kinds))
 
     def shares(self, job: JobView) -> bool:
         """It may hold less than a whole device."""
@@ -140,20 +142,32 @@ class World:
         )
 
     def _leaves_room(self, kept: Reservation, job: JobView, place: Place) -> bool:
-        if not self._both_may(kept, job, place.rate, kept.at):
+        others = [one for one in self.reservations.values() if one.job.id != job.id]
+        if not self._may_at(job, place.rate, kept.at, others):
             return False
         if place.node_id != kept.node_id:
             return True
         free, slots = self._free_at(self.nodes[kept.node_id], kept.job, kept.at)
-        return (free & ~place.mask).bit_count() >= kept.job.gpus and slots > 1
+        wanted = sum(one.node_id == kept.node_id and self._lasts(one, kept.at) for one in others)
+        return (free & ~place.mask).bit_count() >= kept.job.gpus and slots > wanted
 
-    def _both_may(self, kept: Reservation, job: JobView, rate: float, at: float) -> bool:
-        """Run at once, by the limits of a project or an organization that both belong to."""
-        for party, other in zip(self.parties(kept.job), self.parties(job), strict=True):
-            most = party.view.max_running
-            if party is other and party.rate_at(at) + rate + kept.rate > party.view.cap + EPSILON:
+    def _lasts(self, one: Reservation, at: float) -> bool:
+        """Whether it has begun by then and may still run."""
+        return one.at <= at < one.at + one.job.limit_s + self.snapshot.settings.grace_s
+
+    def _may_at(self, job: JobView, rate: float, at: float, reservations: list[Reservation]) -> bool:
+        """Run then, by the limits of its project and organization, beside what still runs and all of these that do:
+        two by two they may fit where all of them together do not."""
+        for party in self.parties(job):
+            near = [
+                one
+                for one in reservations
+                if self._lasts(one, at) and any(other is party for other in self.parties(one.job))
+            ]
+            if party.rate_at(at) + rate + sum(one.rate for one in near) > party.view.cap + EPSILON:
                 return False
-            if party is other and most is not None and party.running_at(at) + 2 > most:
+            most = party.view.max_running
+            if most is not None and party.running_at(at) + 1 + len(near) > most:
                 return False
         return True
 
@@ -201,7 +215,7 @@ class World:
         """
         others = [one for one in self.reservations.values() if one.job.id != job.id] if reserved else []
         taken = {one.gpu_class for one in others}
-        least: dict[float, float] = {}
+        moments: dict[float, list[float]] = {}
         best: tuple[float, int, str] | None = None
         found: Reservation | None = None
         for node in self.nodes.values():
@@ -211,15 +225,19 @@ class World:
                 if name in taken or (node.suitable(job) & mask).bit_count() < job.gpus:
                     continue
                 rate = self._alone(job, price)
-                if rate not in least:
-                    least[rate] = self._allowed_at(job, rate, others)
-                ends = {least[rate], *(one.until for one in node.occupants if one.until > least[rate])}
+                if rate not in moments:
+                    moments[rate] = self._moments(job, rate, others)
+                least = moments[rate][0]
+                ends = {*moments[rate], *(one.until for one in node.occupants if one.until > least)}
                 if node.kept:
-                    ends.update(one.until for one in self._coming(node) if one.until > least[rate])
+                    ends.update(one.until for one in self._coming(node) if one.until > least)
                 for at in sorted(ends):
                     if math.isinf(at) or (best is not None and at > best[0]):
                         break
+                    if others and not self._may_from(job, rate, at, others):
+                        continue
                     free, slots = self._free_at(node, job, at)
+                    slots -= sum(one.node_id == node.view.id and self._lasts(one, at) for one in others)
                     if slots > 0 and (left := (free & mask).bit_count() - job.gpus) >= 0:
                         key = at, left, node.view.name
                         if best is None or key < best:
@@ -231,27 +249,22 @@ class World:
         """What a second costs it on devices of this price that nobody else is on."""
         return min(price, self.cost(job)) if self.shares(job) else job.gpus * price
 
-    def _allowed_at(self, job: JobView, rate: float, others: list[Reservation]) -> float:
-        """When its project and organization may have so much more, if everybody runs to the limit, those included
-        that hold reservations: what only one of the two may use is the first one's."""
+    def _moments(self, job: JobView, rate: float, others: list[Reservation]) -> list[float]:
+        """When its project and organization may have so much more, if everybody runs to the limit, and when more of
+        them ends, those included that hold reservations: what only one of the two may use is the first one's."""
         parties = self.parties(job)
         least = max(self.snapshot.now, parties[0].turn_at(), *(party.room_at(rate) for party in parties))
-        near = [one for one in others if any(map(operator.is_, self.parties(one.job), parties))]
-        if math.isinf(least) or self._all_may(near, job, rate, least):
-            return least
+        if not others:
+            return [least]
         ends = {one.until for party in parties for one in party.occupants}
-        ends.update(one.at + one.job.limit_s + self.snapshot.settings.grace_s for one in near)
-        later = (at for at in sorted(ends) if at > least and self._all_may(near, job, rate, at))
-        return next(later, math.inf)
+        ends.update(one.at + one.job.limit_s + self.snapshot.settings.grace_s for one in others)
+        return [least, *(at for at in sorted(ends) if at > least)]
 
-    def _all_may(self, others: list[Reservation], job: JobView, rate: float, at: float) -> bool:
-        lasts_s = job.limit_s + self.snapshot.settings.grace_s
-        return all(
-            at + lasts_s <= one.at
-            or one.at + one.job.limit_s + self.snapshot.settings.grace_s <= at
-            or self._both_may(one, job, rate, max(one.at, at))
-            for one in others
-        )
+    def _may_from(self, job: JobView, rate: float, at: float, others: list[Reservation]) -> bool:
+        """From then to its end."""
+        until = at + job.limit_s + self.snapshot.settings.grace_s
+        moments = [at, *(one.at for one in others if at < one.at < until)]
+        return all(self._may_at(job, rate, moment, others) for moment in moments)
 
     # ---- places ------------------------------------------------------------------------------------------------
 
