@@ -25,7 +25,8 @@ from typing import Any
 from sqlalchemy import text
 
 from tests.chaos.deployment import NODES, PRODUCTION, Deployment, end_in_order
-from tests.chaos.history import History, violations
+from tests.chaos.evidence import History
+from tests.chaos.history import violations
 from tests.chaos.nemesis import Nemesis, deck, summary
 from tests.chaos.workload import Workload
 from tunery import __version__
@@ -109,6 +110,12 @@ def _report(
         "attempts": dict(tries),
         "versions": len(history.versions),
         "lost_answers": workload.unknown,
+        "budgets": {
+            "seen_used_up": len(history.blocked),
+            "waited": sum(len(window.said) for window in history.blocked),
+            "refused": workload.over_budget,
+        },
+        "asked_to_stop": sum(each.asked is not None for each in history.tries),
         "spared": nemesis.spared,
         "detection_s": _spread(noticed),
         "again_s": _spread(gaps),

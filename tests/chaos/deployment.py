@@ -22,26 +22,27 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from tests.chaos import history, witness
+from tests.chaos.evidence import Blocked, History, Told
 from tests.chaos.faults import PASS
-from tests.chaos.history import History, Told
 from tests.chaos.proxy import Proxy
+from tests.chaos.treasury import books
 from tests.chaos.workload import Workload
-from tests.fleet import PEPPER, Fleet, Via
+from tests.fleet import CLOCKS, PEPPER, Fleet, Via
 from tests.servers import private_servers
 from tunery import tenancy
 from tunery.db import transaction
-from tunery.models import BaseModel, Node, Project
+from tunery.models import BaseModel, Budget, Node, Project
 from worker import inventory, locks, processes
 
 NODES, SCHEDULERS = ("node-a", "node-b", "node-c"), ("scheduler-1", "scheduler-2")
 DEVICES = 2
 """Of each node, where there is no GPU: two make a gang possible."""
-POLICY = {"MIN_RUNTIME_S": "1"}
-"""Attempts are short here; they may be moved soon."""
+POLICY = {"MIN_RUNTIME_S": "1", "BUDGET_S": "0.3"}
+"""Attempts are short here; they may be moved soon, and use a budget up soon."""
 PRODUCTION = {
     "LEASE_S": "45", "RENEW_S": "10", "LOST_GRACE_S": "30", "CLAIM_TIMEOUT_S": "60", "LEADER_TTL_S": "6",
     "LEADER_RENEW_S": "2", "POLL_S": "5", "TICK_S": "10", "DECIDE_S": "0.5", "SWEEP_S": "5", "STOP_GRACE_S": "120",
-    "LOG_CHUNK_S": "5",
+    "LOG_CHUNK_S": "5", "BUDGET_S": "10",
 }  # fmt: skip
 
 
@@ -137,6 +138,10 @@ class Deployment:
                 tenancy.create_key(session, id, "chaos", ["admin"], PEPPER) for id in (self.fleet.project_id, second.id)
             ]
             self.api_keys = [key for _, key in keys]
+            self.projects = [self.fleet.project_id, second.id]
+        self.hurt: list[tuple[float, float]] = []
+        """When something was wrong, in seconds of the clock that all share."""
+        self.blocked: list[Blocked] = []
         for program in self.programs.values():
             program.start()
         self._over = threading.Event()
@@ -191,7 +196,7 @@ class Deployment:
     def heal(self) -> None:
         for disk in self.disks.values():
             disk.thaw()
-        self._take_nodes_back()
+        self._take_orders_back()
         for ways in self.links.values():
             for proxy in ways.values():
                 proxy.set(PASS)
@@ -199,14 +204,16 @@ class Deployment:
             if program.pid is None:
                 program.start()
 
-    def _take_nodes_back(self) -> None:
-        """As soon as the database answers: it may be the last victim."""
+    def _take_orders_back(self) -> None:
+        """As soon as the database answers: it may be the last victim. Nobody may have heard the operator's own."""
         drained = update(Node).where(Node.state.in_(("cordoned", "draining"))).values(state="up")
+        low = update(Budget).values(monthly_gpu_hours=None, monthly_amount=None, exhausted_month=None)
         deadline = time.monotonic() + 60
         while True:
             try:
                 with transaction(self.fleet.owner) as session:
                     session.execute(drained)
+                    session.execute(low)
                 return
             except SQLAlchemyError:
                 if time.monotonic() > deadline:
@@ -224,7 +231,8 @@ class Deployment:
         return problems
 
     def history(self, told: list[Told]) -> History:
-        return history.collect(self.fleet, told)
+        grace_s = float((CLOCKS | self.clocks)["STOP_GRACE_S"])
+        return history.collect(self.fleet, told, grace_s, self.hurt, self.blocked, books(self.fleet))
 
     def close(self, *, keep: bool = False) -> None:
         """End it all. `keep` leaves the logs where they are, for whoever wants to know why."""
@@ -261,10 +269,12 @@ class Deployment:
     def _restless(self, workload: Workload) -> list[str]:
         with self.fleet.look() as session:
             open_jobs = session.execute(history.OPEN_JOBS).all()
+            blocked = session.execute(select(Project.name).where(Project.blocked.is_not(None))).all()
         problems = [f"job {row.id} is {row.state}" for row in open_jobs]
         if not problems and not self.fleet.nothing_held():
             problems = ["a device or a slot is held"]
         problems += [f"{told.job_id}: its watcher waits" for told in workload.live()]
+        problems += [f"project {row.name} is still blocked by a budget that was lifted" for row in blocked]
         return problems or [f"{name} is not clean" for name in self.nodes if not self.fleet.nothing_left(name)]
 
     def _proxy(self, url: str, *, http: bool = False) -> Proxy:

@@ -9,13 +9,13 @@ import hashlib
 import re
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import select, text
 
-from tests.chaos import witness
+from tests.chaos import record, witness
+from tests.chaos.evidence import Blocked, Books, Ended, History, Stored, Told, Try, Version
 from tests.fleet import Fleet
 from tunery import attempt_logs, ids
 from tunery.models import AdapterVersion, Attempt, Checkpoint, Job
@@ -29,98 +29,15 @@ SECRET = re.compile(r"ftk_live_\w{12}_\w{38}|postgresql://[^:/\s]+:[^@\s]+@|redi
 """An API key, or a URL with its password."""
 
 
-@dataclass
-class Told:
-    """What one client was told of one job."""
-
-    job_id: str
-    """As on the wire."""
-    statuses: list[str] = field(default_factory=list)
-    """OpenAI's, in the order seen, without repeats in a row."""
-    cancelled: bool = False
-    """A cancel was asked for, whether or not its answer came back."""
-    bad: bool = False
-    """Its rows are not sound: it must fail, and say so."""
-
-
-@dataclass(frozen=True)
-class Version:
-    job_id: uuid.UUID
-    attempt_id: uuid.UUID
-    files: dict[str, str]
-    """Object key and the sha256 that was published."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A checkpoint that is not deleted."""
-
-    job_id: uuid.UUID
-    step: int
-    keys: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Try:
-    """An attempt, and what it reported."""
-
-    id: uuid.UUID
-    job_id: uuid.UUID
-    no: int
-    fence: int
-    state: str
-    start_step: int
-    failure: str
-    steps: tuple[int, ...]
-    """Steps whose loss is stored under it, in order."""
-    log: str
-    ended_at: float | None = None
-    """Seconds since 1970, by Postgres."""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A job at the end."""
-
-    id: uuid.UUID
-    state: str
-    error: str
-    total_steps: int
-    event_seqs: tuple[int, ...]
-    terminal_events: int
-
-
-@dataclass
-class History:
-    told: list[Told]
-    jobs: dict[uuid.UUID, Ended]
-    tries: list[Try]
-    versions: list[Version]
-    checkpoints: list[Stored]
-    objects: dict[str, str | None]
-    """Every key under `a/`; the sha256 of those that were published."""
-    held: list[str]
-    """Allocations, slots and leases that nothing gave back."""
-    processes: dict[str, list[int]]
-    """Attempt and the processes that still carry its mark."""
-    logs: dict[str, str]
-    """Program and what it wrote."""
-    scheduling: list[str] = field(default_factory=list)
-    """What Postgres' own record says against the scheduler: see `_scheduling`."""
-    killed: dict[uuid.UUID, float] = field(default_factory=dict)
-    """Attempts of which a process was killed, and when."""
-
-    def detections(self) -> list[float]:
-        """Seconds from each kill to the end of the attempt that it cost; one that was done anyway is none."""
-        return [
-            each.ended_at - self.killed[each.id]
-            for each in self.tries
-            if each.id in self.killed and each.ended_at is not None and each.state in ("lost", "failed")
-        ]
-
-
-def collect(fleet: Fleet, told: list[Told]) -> History:
-    """The evidence, once everything has come to rest."""
+def collect(
+    fleet: Fleet,
+    told: list[Told],
+    grace_s: float = 0,
+    hurt: Sequence[tuple[float, float]] = (),
+    blocked: Sequence[Blocked] = (),
+    books: Sequence[Books] = (),
+) -> History:
+    """The evidence, once everything has come to rest. `grace_s` is what who is asked to stop has to do so."""
     objects = dict.fromkeys(fleet.storage.keys("a/"))
     with fleet.look() as session:
         versions = [
@@ -132,7 +49,7 @@ def collect(fleet: Fleet, told: list[Told]) -> History:
             for row in session.scalars(select(Checkpoint).where(Checkpoint.deleted_at.is_(None)))
         ]
         jobs = {job.id: _ended(session, job) for job in session.scalars(select(Job))}
-        steps = _steps(session)
+        steps, kept = _steps(session), _kept(session)
         attempts = list(session.scalars(select(Attempt).order_by(Attempt.job_id, Attempt.no)))
     for version in versions:
         for key in version.files:
@@ -149,6 +66,10 @@ def collect(fleet: Fleet, told: list[Told]) -> History:
             steps.get((row.job_id, row.no), ()),
             _log(fleet, row.project_id, row.id),
             row.ended_at.timestamp() if row.ended_at else None,
+            row.project_id,
+            row.assigned_at.timestamp(),
+            _asked(row, grace_s),
+            kept.get(row.id, 0),
         )
         for row in attempts
     ]
@@ -162,15 +83,17 @@ def collect(fleet: Fleet, told: list[Told]) -> History:
         _held(fleet),
         {str(row.id): pids for row in attempts if (pids := processes.marked(str(row.id)))},
         {str(path): path.read_text(errors="replace") for path in fleet.home.rglob("*.log")},
-        _scheduling(fleet),
+        record.against(fleet),
+        hurt=hurt,
+        blocked=blocked,
+        books=books,
     )
 
 
 def violations(history: History) -> list[str]:
     """All of them; an empty list is what every test of chaos wants."""
     found: list[str] = []
-    checks = _jobs, _fences, _versions, _objects, _curves, _events, _clients, _devices, _rest, _secrets, _detected
-    for check in checks:
+    for check in CHECKS:
         found += check(history)
     return found
 
@@ -287,12 +210,50 @@ def _secrets(history: History) -> Iterator[str]:
             yield f"{name} holds a secret: {found[0][:12]}..."
 
 
-# ---- the evidence --------------------------------------------------------------------------------------------------
-
-
 def _detected(history: History) -> Iterator[str]:
     if late := [each for each in history.detections() if each > DETECTION_S]:
         yield f"{len(late)} deaths were noticed after more than {DETECTION_S} s, the last after {max(late):.0f} s"
+
+
+def _budgets(history: History) -> Iterator[str]:
+    """A budget that is used up starts nothing and says so; what is used is the sum of the ledger."""
+    for window in history.blocked:
+        for each in history.tries:
+            if each.project_id == window.project_id and window.since < each.began < window.until:
+                yield f"attempt {each.no} of job {each.job_id} began while its project's budget was used up"
+        if not _hurt(history, window.since, window.until) and window.until - window.since > 2:
+            for job_id, code in window.said.items():
+                if code != "blocked":
+                    yield f"job {job_id} waits for its project's budget and says {code}"
+    for book in history.books:
+        if abs(book.told - book.charged) > 1e-2:
+            yield f"project {book.project_id} is told of {book.told} GPU-seconds and was charged {book.charged}"
+
+
+def _stops(history: History) -> Iterator[str]:
+    """Who is asked to stop by a budget or a drain saves its last step; only a trainer that does not go is killed."""
+    for each in history.tries:
+        if each.asked is None or each.state != "preempted" or not each.steps or each.kept >= each.steps[-1]:
+            continue
+        at, by = each.asked
+        if each.ended_at is not None and each.ended_at < by and not _hurt(history, at, each.ended_at):
+            yield (
+                f"attempt {each.no} of job {each.job_id} was asked to stop at a checkpoint: its last is of step "
+                f"{each.kept}, and it had come to {each.steps[-1]}"
+            )
+
+
+def _hurt(history: History, since: float, until: float) -> bool:
+    return any(began < until and since < over for began, over in history.hurt)
+
+
+CHECKS = (
+    _jobs, _fences, _versions, _objects, _curves, _events, _clients, _devices, _rest, _secrets, _detected, _budgets,
+    _stops,
+)  # fmt: skip
+
+
+# ---- the evidence --------------------------------------------------------------------------------------------------
 
 
 def _by_job(history: History) -> dict[uuid.UUID, list[Try]]:
@@ -328,58 +289,31 @@ def _steps(session: Any) -> dict[tuple[uuid.UUID, int], tuple[int, ...]]:
     return {(row.job_id, row.attempt_no): tuple(row.steps) for row in rows}
 
 
+def _kept(session: Any) -> dict[uuid.UUID, int]:
+    rows = session.execute(text("SELECT attempt_id, max(step) AS step FROM checkpoints GROUP BY 1"))
+    return {row.attempt_id: row.step for row in rows}
+
+
+def _asked(attempt: Attempt, grace_s: float) -> tuple[float, float] | None:
+    """By a budget or a drain. What makes room for another job has a rule of its own."""
+    if attempt.stop_reason != "preempt" or attempt.preempted_at is not None or attempt.stop_by is None:
+        return None
+    return attempt.stop_by.timestamp() - grace_s, attempt.stop_by.timestamp()
+
+
 def _held(fleet: Fleet) -> list[str]:
     queries = {
         "allocation": "SELECT id FROM allocations WHERE released_at IS NULL",
         "reservation": "SELECT id FROM gpus WHERE reserved_bytes > 0",
         "slot": "SELECT node_id FROM slots WHERE attempt_id IS NOT NULL",
         "task": "SELECT id FROM tasks WHERE state IN ('queued', 'leased')",
+        "part of a budget of job": "SELECT h.job_id FROM usage_holds h JOIN jobs j ON j.id = h.job_id "
+        "WHERE j.finished_at IS NOT NULL",
     }
     with fleet.look() as session:
         return [
             f"{what} {row[0]} is still held" for what, query in queries.items() for row in session.execute(text(query))
         ]
-
-
-RECORD = {
-    "exclusive allocations of one device overlap": """
-        SELECT a.gpu_id FROM allocations a JOIN allocations b ON a.gpu_id = b.gpu_id AND a.id < b.id
-        WHERE (a.exclusive OR b.exclusive)
-          AND tstzrange(a.created_at, a.released_at) && tstzrange(b.created_at, b.released_at)""",
-    "an attempt has not the devices its job asked for, on its own node": """
-        SELECT t.id FROM attempts t JOIN jobs j ON j.id = t.job_id
-          LEFT JOIN allocations a ON a.owner_attempt = t.id
-          LEFT JOIN gpus g ON g.id = a.gpu_id AND g.node_id = t.node_id
-        GROUP BY t.id, j.gpus HAVING count(g.id) <> j.gpus""",
-    "a project had more than its cap": """
-        SELECT p.id FROM projects p JOIN jobs j ON j.project_id = p.id JOIN attempts t ON t.job_id = j.id
-          CROSS JOIN LATERAL (
-            SELECT sum(o.rate) AS rate FROM attempts o JOIN jobs k ON k.id = o.job_id
-            WHERE k.project_id = p.id AND o.assigned_at <= t.assigned_at
-              AND coalesce(o.ended_at > t.assigned_at, true) AND EXISTS (
-                SELECT FROM allocations a WHERE a.owner_attempt = o.id
-                  AND coalesce(a.released_at > t.assigned_at, true))) held
-        WHERE p.cap IS NOT NULL AND held.rate > p.cap + 1e-6""",
-    "a job was moved off more often than it may be": """
-        SELECT job_id FROM attempts WHERE preempted_at IS NOT NULL GROUP BY job_id HAVING count(*) > 3""",
-    "two projects took turns": """
-        SELECT a.id FROM attempts a JOIN attempts b ON a.project_id = b.preempted_for_project
-          AND b.project_id = a.preempted_for_project AND a.id < b.id
-        WHERE a.preempted_for_project <> a.project_id""",
-    "an attempt's time does not add up": """
-        SELECT attempt_id FROM usage
-        WHERE abs(gpu_seconds - loading_s - productive_s - user_fault_s - platform_fault_s) > 1e-3""",
-    "a device's time was counted twice": """
-        SELECT attempt_id FROM usage GROUP BY attempt_id, gpu_id HAVING count(*) > 1""",
-    "GPUs are kept for a job that has ended": """
-        SELECT h.job_id FROM holds h JOIN jobs j ON j.id = h.job_id
-        WHERE j.finished_at < now() - interval '10 seconds'""",
-}
-
-
-def _scheduling(fleet: Fleet) -> list[str]:
-    with fleet.look() as session:
-        return [f"{what}: {row[0]}" for what, query in RECORD.items() for row in session.execute(text(query))]
 
 
 def _log(fleet: Fleet, project_id: uuid.UUID, attempt_id: uuid.UUID) -> str:

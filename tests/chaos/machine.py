@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from tests.chaos.deployment import Deployment, end_in_order
-from tests.chaos.history import Told, violations
+from tests.chaos.evidence import Told
+from tests.chaos.history import violations
 from tests.chaos.nemesis import LINKS, MAIN, Nemesis
 from tests.chaos.workload import Workload
 
@@ -113,7 +114,7 @@ class Survives(RuleBasedStateMachine):
         type(self).played += 1
         self.nemesis.strike(kind, wait_s=2, manner="pause")
 
-    @rule(kind=st.sampled_from((*LINKS, "flush", "backends", "disk", "drain")))
+    @rule(kind=st.sampled_from((*LINKS, "flush", "backends", "disk", "drain", "budget")))
     def hurt(self, kind: str) -> None:
         type(self).played += 1
         self.nemesis.strike(kind, wait_s=1)
@@ -123,8 +124,11 @@ class Survives(RuleBasedStateMachine):
         """In order, as for an upgrade: a node checkpoints and gives its jobs back."""
         type(self).played += 1
         program = self.nemesis.any_of(kind)
-        program.signal(signal.SIGTERM)
-        self.nemesis.later(random.Random(self.examples).uniform(0, 1), program.start)
+        for_s = random.Random(self.examples).uniform(0, 1)
+        with self.nemesis.hurting() as lasts:
+            program.signal(signal.SIGTERM)
+            self.nemesis.later(for_s, program.start)
+            lasts(for_s)
 
     def teardown(self) -> None:
         if not hasattr(self, "nemesis"):

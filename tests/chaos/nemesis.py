@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tests.chaos.deployment import Deployment, Program
 from tests.chaos.faults import PASS, SLOW_DOWN, Fault, blackhole, hold, http_error, latency, refuse, reset
+from tests.chaos.treasury import Treasury
 from tests.chaos.workload import Workload
 from tunery.models import Attempt, Job, Leader
 from tunery.states import LIVE_ATTEMPT, MAX_FAULTS_WITHOUT_PROGRESS
@@ -33,7 +34,10 @@ from tunery.states import LIVE_ATTEMPT, MAX_FAULTS_WITHOUT_PROGRESS
 MAIN = ("trainer", "supervisor", "node", "scheduler", "api", "valkey", "postgres")
 """Victims that every long campaign hits often."""
 LINKS = ("node-postgres", "scheduler-postgres", "api-postgres", "node-s3", "api-s3", "valkey-link")
-OTHERS = (*LINKS, "flush", "backends", "disk", "drain")
+ORDERS = ("drain", "budget")
+"""No fault at all: what an operator may ask for at any time, and what no job may suffer from."""
+OTHERS = (*ORDERS, *LINKS, "flush", "backends", "disk")
+_GOT_OVER_S = 5
 _PAUSED_SHARE = 0.25
 """Of the main victims so many are stopped for a while (SIGSTOP) instead of killed."""
 
@@ -88,6 +92,7 @@ class Nemesis:
         self.spared = 0
         """How often it waited because one more fault would have been a job's third in a row without progress."""
         self._random = random.Random(seed)
+        self._treasury = Treasury(deployment, workload, seed)
         self._scale = scale
         """Of every duration; production clocks need longer outages than shortened ones."""
         self._began = time.monotonic()
@@ -103,7 +108,9 @@ class Nemesis:
                 break  # an idle victim will do; nobody at all, or a job's last life, is worth a longer wait
             time.sleep(0.05)
         now = time.time()
-        how, for_s = self._hit(victim, manner)
+        with self.hurting(kind not in ORDERS) as lasts:
+            how, for_s = self._hit(victim, manner)
+            lasts(for_s)
         struck = Struck(
             round(time.monotonic() - self._began, 2), how, victim.name, victim.pid, victim.state, victim.busy,
             victim.job, round(for_s, 2), now,
@@ -120,6 +127,14 @@ class Nemesis:
             if attempt and each.how == "SIGKILL" and kind in ("trainer", "supervisor"):
                 found.setdefault(uuid.UUID(attempt), each.time)
         return found
+
+    @contextlib.contextmanager
+    def hurting(self, really: bool = True) -> Iterator[Callable[[float], None]]:
+        """Note the time in which little can be expected: while a fault lasts, and until it is got over."""
+        began, lasted = time.time(), [0.0]
+        yield lasted.append
+        if really:
+            self.deployment.hurt.append((began, time.time() + max(lasted) + _GOT_OVER_S * self._scale))
 
     def later(self, seconds: float, mend: Callable[[], Any]) -> None:
         """On a thread of its own: nothing that is to be mended waits for anything else."""
@@ -214,6 +229,8 @@ class Nemesis:
             return self._freeze()
         if victim.kind == "drain":
             return self._drain()
+        if victim.kind == "budget":
+            return self._run_out()
         if victim.pid is None:
             return "nobody to hit", 0
         if manner == "pause" or (manner is None and self._random.random() < _PAUSED_SHARE):
@@ -248,6 +265,14 @@ class Nemesis:
             return "nobody took the order to drain", 0
         self.later(for_s, lambda: self.workload.take_back(name))
         return "drained", for_s
+
+    def _run_out(self) -> tuple[str, float]:
+        """An operator sets a budget that is used up, and lifts it after a while."""
+        for_s = self._scale * self._random.uniform(3, 10)
+        if (project_id := self._treasury.run_out()) is None:
+            return "nobody took the order to set a budget", 0
+        self.later(for_s, lambda: self._treasury.lift(project_id))
+        return "budget used up", for_s
 
     def _pause(self, victim: Victim) -> tuple[str, float]:
         longest = 3 if victim.kind in ("postgres", "valkey") else 8

@@ -7,22 +7,52 @@ from collections.abc import Callable
 import pytest
 
 from tests.chaos import witness
-from tests.chaos.history import Ended, History, Stored, Told, Try, Version, violations
+from tests.chaos.evidence import Blocked, Books, Ended, History, Stored, Told, Try, Version
+from tests.chaos.history import violations
 from tunery import ids
 
-JOB, FIRST, SECOND = uuid.uuid4(), uuid.uuid4(), uuid.uuid4()
+JOB, FIRST, SECOND, PROJECT = uuid.uuid4(), uuid.uuid4(), uuid.uuid4(), uuid.uuid4()
 
 
 def true_history() -> History:
-    """One job of 20 steps: its first attempt dies after step 12, its second resumes at 10 and publishes."""
+    """One job of 20 steps: its first attempt dies after step 12, its second resumes at 10 and publishes. Between the
+    two its project's budget was used up for a while."""
     key = f"a/p/{SECOND}/output/adapter_model.safetensors"
     checkpoint = f"a/p/{FIRST}/checkpoints/step-10/step"
     return History(
         told=[Told(ids.encode(ids.JOB, JOB), ["validating_files", "queued", "running", "succeeded"])],
         jobs={JOB: Ended(JOB, "succeeded", "", 20, (1, 2, 3), 1)},
         tries=[
-            Try(FIRST, JOB, 1, 7, "failed", 0, "trainer_crashed", tuple(range(1, 13)), witness.STARTED, 1030.0),
-            Try(SECOND, JOB, 2, 9, "succeeded", 10, "", tuple(range(11, 21)), witness.STARTED),
+            Try(
+                FIRST,
+                JOB,
+                1,
+                7,
+                "failed",
+                0,
+                "trainer_crashed",
+                tuple(range(1, 13)),
+                witness.STARTED,
+                1030.0,
+                PROJECT,
+                1000.0,
+                None,
+                10,
+            ),
+            Try(
+                SECOND,
+                JOB,
+                2,
+                9,
+                "succeeded",
+                10,
+                "",
+                tuple(range(11, 21)),
+                witness.STARTED,
+                1060.0,
+                PROJECT,
+                1050.0,
+            ),
         ],
         versions=[Version(JOB, SECOND, {key: "5ha"})],
         checkpoints=[Stored(JOB, 10, frozenset({checkpoint}))],
@@ -31,6 +61,8 @@ def true_history() -> History:
         processes={},
         logs={"api.log": '{"event": "ready"}'},
         killed={FIRST: 1000.0},
+        blocked=[Blocked(PROJECT, 1040, 1045, {JOB: "blocked"})],
+        books=[Books(PROJECT, 22.0, 22.0)],
     )
 
 
@@ -40,6 +72,12 @@ def test_a_true_history_passes():
 
 def second(history: History, **changes: object) -> None:
     history.tries[1] = dataclasses.replace(history.tries[1], **changes)
+
+
+def stopped(history: History, **changes: object) -> None:
+    """The first attempt was asked to stop at 1029, had five seconds, and went at 1030."""
+    asked: dict[str, object] = {"state": "preempted", "failure": "", "asked": (1029.0, 1034.0)}
+    history.tries[0] = dataclasses.replace(history.tries[0], **asked | changes)
 
 
 def job(history: History, **changes: object) -> None:
@@ -70,6 +108,10 @@ FALSE: dict[str, Callable[[History], object]] = {
     "another trainer on its device": lambda h: second(h, log=witness.VIOLATION),
     "is still held": lambda h: h.held.append("slot 1 is still held"),
     "are still there": lambda h: h.processes.update({str(SECOND): [17]}),
+    "began while its project's budget was used up": lambda h: second(h, began=1044),
+    "and says busy": lambda h: setattr(h, "blocked", [Blocked(PROJECT, 1040, 1045, {JOB: "busy"})]),
+    "was charged 30.0": lambda h: setattr(h, "books", [Books(PROJECT, 22.0, 30.0)]),
+    "was asked to stop at a checkpoint": stopped,
     "holds a secret": lambda h: h.logs.update({"node.log": "postgresql://tunery_worker:hunter2@localhost/tunery"}),
 }
 
@@ -79,6 +121,33 @@ def test_a_false_history_is_named(sentence):
     history = true_history()
     FALSE[sentence](history)
     assert any(sentence in each for each in violations(history)), violations(history)
+
+
+EXCUSED: dict[str, Callable[[History], object]] = {
+    "it saved its last step": lambda h: (
+        stopped(h, kept=12),
+        second(h, start_step=12, steps=tuple(range(13, 21))),
+        h.checkpoints.append(Stored(JOB, 12, frozenset())),
+    ),
+    "it did not go in its grace": lambda h: stopped(h, ended_at=1035.0),
+    "something was wrong meanwhile": lambda h: (stopped(h), setattr(h, "hurt", [(1029.5, 1029.6)])),
+    "nothing was lost: it had come to no step": lambda h: (
+        stopped(h, steps=()),
+        second(h, start_step=0, steps=tuple(range(1, 21))),
+    ),
+    "another project's budget": lambda h: setattr(h, "blocked", [Blocked(uuid.uuid4(), 1040, 1055, {})]),
+    "a scheduler was away": lambda h: (
+        setattr(h, "blocked", [Blocked(PROJECT, 1040, 1045, {JOB: "busy"})]),
+        setattr(h, "hurt", [(1042, 1043)]),
+    ),
+}
+
+
+@pytest.mark.parametrize("why", EXCUSED)
+def test_a_stop_is_judged_by_what_it_could_do(why):
+    history = true_history()
+    EXCUSED[why](history)
+    assert violations(history) == []
 
 
 def test_a_cancelled_job_need_not_succeed():

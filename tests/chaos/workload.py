@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from tests.chaos.history import Told
+from tests.chaos.evidence import Told
 
 ENDED = ("succeeded", "failed", "cancelled")
 
@@ -43,6 +43,8 @@ class Workload:
         """Files whose deletion was asked for, whatever came back."""
         self.unknown = 0
         """Submissions whose answer was lost: there may be a job, and nobody was told."""
+        self.over_budget = 0
+        """Submissions that were refused because their project's budget had no room."""
         self.refused: list[str] = []
         """Answers that no client should ever get, whatever happens behind the API."""
         self._requests: deque[float] = deque(maxlen=1000)
@@ -122,12 +124,18 @@ class Workload:
         return self._order(node, "uncordon")
 
     def _order(self, node: str, what: str) -> bool:
-        """As an operator, who tries again for a while; 409 is a node that is down."""
-        for _ in range(30):
-            if self._ask("POST", f"/nodes/{node}/{what}", expected=(404, 409)) is not None:
-                return True
+        """409 is a node that is down."""
+        return self.order("POST", f"/nodes/{node}/{what}", expected=(404, 409)) is not None
+
+    def order(
+        self, method: str, path: str, *, tries: int = 30, expected: tuple[int, ...] = (), json: Any = None
+    ) -> dict[str, Any] | None:
+        """As an operator, who tries again for a while. None if nobody was there, or nobody's answer came back."""
+        for _ in range(tries):
+            if (answer := self._ask(method, path, expected=expected, json=json)) is not None:
+                return answer
             time.sleep(0.3)
-        return False
+        return None
 
     def _submit_on(self) -> None:
         while not self._over.wait(0.1):
@@ -148,9 +156,12 @@ class Workload:
         more: dict[str, Any] = {"training": self.training}
         if self._random.random() < self._gangs:
             more["resources"] = {"gpus": 2}
-        job = self._ask("POST", "/fine_tuning/jobs", key=key, json=body | {"tunery": more})
+        job = self._ask("POST", "/fine_tuning/jobs", key=key, json=body | {"tunery": more}, expected=(429,))
         if job is None:
             self.unknown += 1
+            return None
+        if "id" not in job:
+            self.over_budget += job["error"]["code"] == "budget_exceeded"
             return None
         with self._lock:
             self.files[job["id"]], self._key_of[job["id"]] = file["id"], key
