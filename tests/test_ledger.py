@@ -226,6 +226,25 @@ def test_what_was_never_claimed_costs_nothing(
         assert ledger.of_jobs(session, project.project_id, [work.job_id]) == {}
 
 
+def test_what_is_lost_after_its_gpus_went_back_is_refunded(
+    database: Database, project: Tenant, node: FleetNode, base_model: str
+) -> None:
+    """A supervisor frees the device before it stores the last checkpoint; it, or its whole node, may die in between."""
+    work = claimed(project, [node], life := Life(HOUR, 60, (), "stopping", None, 1, None, None))
+    with one_moment(project) as session:
+        lay(session, work, life)
+        leases.release(session, work.attempt_id)
+        (before,) = ledger.of_jobs(session, project.project_id, [work.job_id]).values()
+        silent = text("UPDATE attempts SET lease_expires_at = now() - interval '1 day' WHERE id = :id")
+        session.execute(silent, {"id": work.attempt_id})
+    with transaction(database.sessions("tunery_scheduler")) as session:
+        assert leases.declare_lost(session, work.attempt_id, grace_s=30)
+    with project.transaction() as session:
+        (after,) = ledger.of_jobs(session, project.project_id, [work.job_id]).values()
+    assert before.charged_s == pytest.approx(HOUR, abs=1)
+    assert (after.charged_s, after.platform_fault_s) == (0, pytest.approx(HOUR, abs=1))
+
+
 def test_another_projects_running_attempts_are_not_seen(
     project: Tenant, other_project: Tenant, node: FleetNode, base_model: str
 ) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from tunery import events, ids, needs, observations, outbox, wake
 from tunery.events import Entry
-from tunery.models import RESUMABLE, Attempt, Checkpoint, Job
+from tunery.models import RESUMABLE, Allocation, Attempt, Checkpoint, Job
 from tunery.states import (
     ATTEMPT_MOVES,
     LIVE_ATTEMPT,
@@ -81,8 +81,13 @@ def end_attempt(session: Session, attempt: Attempt, to: AttemptState, *, keep_gp
     attempt.ended_at = func.now()
     attempt.lease_expires_at = None
     session.flush()
-    if not keep_gpus:
-        release(session, attempt.id)
+    if not keep_gpus or not _holds_gpus(session, attempt.id):
+        release(session, attempt.id)  # also of GPUs that went back before: only now it is known how the time was spent
+
+
+def _holds_gpus(session: Session, attempt_id: uuid.UUID) -> bool:
+    query = select(Allocation.id).where(Allocation.owner_attempt == attempt_id, Allocation.released_at.is_(None))
+    return session.scalar(query.limit(1)) is not None
 
 
 def after_stop(session: Session, job: Job, message: str) -> None:
