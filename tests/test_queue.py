@@ -14,7 +14,7 @@ from tests.factories import GIB, Database, FleetNode, Tenant, Work
 from tunery import queue
 from tunery.contracts.scheduling import Plan, Start
 from tunery.db import Sessions, transaction
-from tunery.models import Attempt, Job, Leader, Node, Outbox
+from tunery.models import Attempt, Job, Leader, Node, Outbox, Project
 from tunery.queue import Deposed
 
 TTL_S = 6
@@ -125,6 +125,19 @@ def test_a_job_that_no_longer_waits_is_not_started(scheduler: Sessions, project:
     factories.cancel(work)
     assert queue.apply(scheduler, 1, Plan((Start(work.job_id, node.id, node.gpu_ids, GIB),))) == []
     assert factories.free_bytes(node) == node.usable_bytes
+
+
+def test_a_job_whose_project_was_blocked_meanwhile_is_not_started(
+    scheduler: Sessions, database: Database, project: Tenant, node: FleetNode
+) -> None:
+    work = factories.queued(project, node)
+    assert lead(scheduler, "a") == 1
+    block = update(Project).where(Project.id == project.project_id)
+    start = Start(work.job_id, node.id, node.gpu_ids, GIB)
+    for blocked, made in (("its budget is used up", 0), (None, 1)):
+        with factories.owner(database) as session, session.begin():
+            session.execute(block.values(blocked=blocked))
+        assert len(queue.apply(scheduler, 1, Plan((start,)))) == made
 
 
 def test_the_snapshot_holds_what_waits_and_what_is_free(
