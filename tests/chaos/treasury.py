@@ -91,8 +91,10 @@ class Treasury:
             with suppress(SQLAlchemyError), self._fleet.look() as session:
                 since = session.scalar(_SEEN_BLOCKED, {"id": project_id})
         lifted.wait()
-        if since is not None:
-            with suppress(SQLAlchemyError), self._fleet.look() as session:
+        if since is None:
+            return
+        with suppress(SQLAlchemyError):  # then nothing is known of its end
+            with self._fleet.look() as session:
                 seen = Blocked(project_id, float(since), _now(session), _waiting(session, project_id))
             with self._lock:
                 if id(lifted) not in self._sent:
