@@ -249,6 +249,38 @@ def test_a_promise_counts_what_the_promised_devices_cost():
     assert code(plan, small) is WaitCode.RESERVED
 
 
+def test_a_start_leaves_room_for_all_promises_together():
+    """Beside each of the two gangs the small one would be within the cap; beside both it is not."""
+    one, two, free = node(80, 80, name="a"), node(80, 80, gpu_class="a100", name="b"), node(80, name="c")
+    held = [running(one, 0, project=B), running(two, 0, project=B)]
+    gangs = [job(1, gpus=2, gpu_class=name) for name in ("h100", "a100")]
+    holds = tuple(
+        Hold(gang.id, HoldKind.GANG, place.gpus[0].gpu_class, place.id, (), NOW + HOUR + 120)
+        for gang, place in zip(gangs, (one, two), strict=True)
+    )
+    small = job(2, limit_s=9 * HOUR)
+    tenants = project(A, cap=4), project(B)
+    plan = schedule(world([one, two, free], [*gangs, small], held, projects=tenants, holds=holds))
+    assert not plan.starts
+    assert code(plan, small) is WaitCode.RESERVED
+
+
+def test_a_promise_is_for_a_time_at_which_the_earlier_promises_leave_room():
+    """The devices of the second gang are free before the first starts; then three would run where two may."""
+    one, two, other = node(80, 80, name="a"), node(80, 80, gpu_class="a100", name="b"), node(80, name="c")
+    held = [
+        running(one, 0, project=B, limit_s=2 * HOUR),
+        running(two, 0, project=B, limit_s=3 * HOUR),
+        running(other, 0, limit_s=4 * HOUR),
+    ]
+    first, second = job(1, gpus=2, gpu_class="a100", limit_s=9 * HOUR), job(2, gpus=2, limit_s=1.5 * HOUR)
+    hold = Hold(first.id, HoldKind.GANG, "a100", two.id, (), NOW + 2 * HOUR + 120)
+    tenants = project(A, max_running=2), project(B)
+    plan = schedule(world([one, two, other], [first, second], held, projects=tenants, holds=(hold,)))
+    promised = {hold.job_id: hold.promised_at for hold in plan.holds}
+    assert promised == {first.id: NOW + 2 * HOUR + 120, second.id: NOW + 3 * HOUR + 120}
+
+
 def test_a_held_gang_is_told_so_whatever_others_of_its_kind_ask_for():
     place = node(80, 80)
     held = running(place, 0, project=B)

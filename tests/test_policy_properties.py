@@ -30,9 +30,6 @@ def told() -> Iterator[None]:
         print(f"\n{total} worlds; of them with {shares}")
 
 
-@pytest.mark.skipif(
-    "TUNERY_WORLDS" not in os.environ, reason="`make worlds`: one run in some breaks an invariant still"
-)
 @pytest.mark.timeout(600)
 @settings(max_examples=500, **FIXED)
 @given(worlds())
