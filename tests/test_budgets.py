@@ -338,8 +338,9 @@ def test_a_raise_that_is_too_small_blocks_again_and_tells_nothing_twice(
 
 
 def test_a_block_that_is_no_budgets_is_not_lifted(
-    project: Tenant, node: FleetNode, base_model: str, look: Callable[[], None], database: Database
+    project: Tenant, base_model: str, look: Callable[[], None], database: Database
 ) -> None:
+    runs = use_later(project)
     give(project, hours=1)
     with factories.owner(database) as session, session.begin():
         session.execute(
@@ -347,7 +348,7 @@ def test_a_block_that_is_no_budgets_is_not_lifted(
         )
     look()
     give(project)
-    use(project, node, 2)
+    runs(2)
     give(project, hours=1)
     look()
     give(project)
