@@ -19,7 +19,7 @@ demo: setup  ## start everything, train a small model, show the result
 	@$(VENV_PYTHON) scripts/demo.py
 
 test: setup  ## every test, against real servers
-	@$(VENV_PYTHON) -m pytest
+	@$(VENV_PYTHON) scripts/test.py
 
 quick: setup  ## the tests that take seconds
 	@$(VENV_PYTHON) -m pytest -m "not slow and not chaos"
