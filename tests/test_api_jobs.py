@@ -153,7 +153,7 @@ def test_a_waiting_job_says_why_and_where_it_stands(
         assert epoch is not None
         queue.record(session, epoch, Plan(waits=tuple(Wait(*wait) for wait in waits)), queue.Mirror())
     listed = {job["id"]: job["tunery"]["queue"] for job in client.get(JOBS).json()["data"]}
-    reason = "needs 1 x 1.0 GiB; no node is up that has room on its disk"
+    reason = "needs 1 GPU with 1.1 GB; no node is up that has room on its disk"
     assert listed[second.id]["reason"] == {"code": "no_node", "message": reason, "numbers": {}}
     assert listed[second.id]["jobs_ahead"] == {"own": 1, "others": None}
     assert listed[first.id]["jobs_ahead"]["own"] == 0 and listed[first.id]["estimated_start"] is None

@@ -95,7 +95,7 @@ def test_why_has_the_sentence_the_place_the_start_and_what_would_help(
 ) -> None:
     shown = tunery("jobs", "why", waiting[1].id)
     assert shown.returncode == 0, shown.stderr
-    assert "needs 1 x 1.0 GiB; 1 of 1 suitable devices are busy; a place is free by" in shown.stdout
+    assert "needs 1 GPU with 1.1 GB; 1 of 1 suitable devices are busy; a place is free by" in shown.stdout
     assert "of other projects" in shown.stdout and "--shareable" in shown.stdout
     assert "starts      in " in shown.stdout
     assert json.loads(tunery("jobs", "why", waiting[1].id, "--json").stdout)["reason"]["code"] == "busy"

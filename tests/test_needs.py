@@ -127,7 +127,7 @@ def test_a_model_whose_weights_fit_no_device_is_refused(
         session.execute(text("UPDATE base_models SET parameters = 70000000000 WHERE name = :name"), {"name": name})
     body = {"model": name, "training_file": factories.file(project)}
     told = refused(client.post("/v1/fine_tuning/jobs", json=body))
-    assert "130.4 GiB" in told["message"] and "1.0 GiB" in told["message"]
+    assert "140.0 GB" in told["message"] and "1.1 GB" in told["message"]
 
 
 # ---- priority -----------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_the_first_time_more_is_reserved_the_second_time_it_fails(
     work = factories.running(project, node, model=base_model)
     assert factories.fault(work, FailureCode.OUT_OF_MEMORY) == JobState.QUEUED
     assert factories.look(work).required_bytes == 1.5 * GIB
-    assert any("It had 1.0 GiB reserved" in told and "Now 1.5 GiB are reserved" in told for told in messages(work))
+    assert any("It had 1.1 GB reserved" in told and "Now 1.6 GB are reserved" in told for told in messages(work))
     again = factories.tell(factories.claim(factories.assign(work)), factories.started())
     assert factories.fault(again, FailureCode.OUT_OF_MEMORY, "CUDA out of memory.") == JobState.FAILED
     job = factories.look(work)
@@ -184,7 +184,7 @@ def test_without_a_larger_device_it_fails_at_once_and_says_the_numbers(
     work = factories.running(project, node, model=base_model)
     assert factories.fault(work, FailureCode.OUT_OF_MEMORY, peak_bytes=8 * GIB) == JobState.FAILED
     told = factories.look(work).error_message or ""
-    assert "held 8.0 GiB" in told and "needs 9.2 GiB" in told and "has 8.0 GiB" in told
+    assert "held 8.6 GB" in told and "needs 9.9 GB" in told and "has 8.6 GB" in told
     assert factories.look(work).required_bytes == GIB
 
 

@@ -81,7 +81,7 @@ def test_a_job_says_why_it_waits_its_place_and_when_it_starts(
     told = wait_of(mine, second)
     assert told["reason"]["code"] == "busy" and told["reason"]["numbers"]["busy"] == 1
     assert told["reason"]["message"].startswith(
-        "needs 1 x 1.0 GiB; 1 of 1 suitable devices are busy; a place is free by"
+        "needs 1 GPU with 1.1 GB; 1 of 1 suitable devices are busy; a place is free by"
     )
     start = told["estimated_start"]
     assert time.time() < start["p50"] <= start["p90"] and start["not_before"] is None
@@ -129,11 +129,27 @@ def test_a_reason_that_is_no_longer_true_is_no_longer_told(
         session.execute(text("UPDATE projects SET cap = 1 WHERE id = :id"), {"id": project.project_id})
     one_pass(database)
     told = wait_of(client, waits)
-    assert told["reason"]["message"] == "needs 1 x 1.0 GiB; your project uses 1 of the 1 GPUs that it may use at once"
+    cap = "your project uses 1 of the 1 GPUs that it may use at once"
+    assert told["reason"]["message"] == f"needs 1 GPU with 1.1 GB; {cap}"
     assert told["advice"]
     factories.publish(running)
     assert len(one_pass(database)) == 1
     assert wait_of(client, waits)["reason"]["code"] == "assigned"
+
+
+def test_a_limit_of_nothing_promises_no_start(
+    forecaster: Forecaster, client: httpx.Client, project: Tenant, database: Database, base_model: str
+) -> None:
+    waits = factories.queued(project, factories.node(database, gpus=1))
+    for column, sentence in (("max_running_jobs", "may run no jobs"), ("cap", "may use 0 GPUs at once")):
+        with factories.owner(database) as session, session.begin():
+            session.execute(text(f"UPDATE projects SET {column} = 0 WHERE id = :id"), {"id": project.project_id})
+        one_pass(database)
+        told = wait_of(client, waits)
+        assert sentence in told["reason"]["message"], told
+        assert "An operator" in told["advice"][0] and "ends" not in told["advice"][0]
+        with factories.owner(database) as session, session.begin():
+            session.execute(text(f"UPDATE projects SET {column} = NULL WHERE id = :id"), {"id": project.project_id})
 
 
 def test_a_forecast_that_is_too_old_is_not_shown(

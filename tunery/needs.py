@@ -14,7 +14,6 @@ from tunery.estimate.memory import Kind, Memory
 from tunery.estimate.places import Ask, Device
 from tunery.models import BaseModel, Dataset, Job
 
-GIB = 1 << 30
 LIMIT_TIMES = 3.0
 LEAST_LIMIT_S = 1800.0
 """A job without a limit of its own gets three times its p90, but at least this."""
@@ -48,8 +47,8 @@ def refuse_impossible(session: Session, ask: Ask, base: BaseModel) -> None:
     # what is certain before the rows are known: each GPU holds the weights
     weights = min(_weights(base, kind) for kind in _kinds(fitting))
     if weights > largest:
-        message = f"The weights of '{base.name}' alone take {_gib(weights)} on each GPU; "
-        message += f"the largest device that this job could have has {_gib(largest)}."
+        message = f"The weights of '{base.name}' alone take {_gb(weights)} on each GPU; "
+        message += f"the largest device that this job could have has {_gb(largest)}."
         raise Invalid(message, param="model", fix="Choose a smaller base model, or add a node with larger devices.")
 
 
@@ -105,8 +104,8 @@ def after_out_of_memory(session: Session, job: Job, peak_bytes: int) -> tuple[bo
     """
     job.memory_faults += 1
     reserved = job.required_bytes or 0
-    peak = f", and held {_gib(peak_bytes)} at its peak" if peak_bytes else ""
-    had = f"It had {_gib(reserved)} reserved on each GPU{peak}."
+    peak = f", and held {_gb(peak_bytes)} at its peak" if peak_bytes else ""
+    had = f"It had {_gb(reserved)} reserved on each GPU{peak}."
     if job.memory_faults > 1:
         return False, f"{had} This was its second try, with more memory than the first."
     raised = correction.after_out_of_memory(reserved, peak_bytes)
@@ -114,10 +113,10 @@ def after_out_of_memory(session: Session, job: Job, peak_bytes: int) -> tuple[bo
     if raised > largest:
         return (
             False,
-            f"{had} Another try needs {_gib(raised)}; the largest device that it could have has {_gib(largest)}.",
+            f"{had} Another try needs {_gb(raised)}; the largest device that it could have has {_gb(largest)}.",
         )
     job.required_bytes = raised
-    return True, f"{had} Now {_gib(raised)} are reserved."
+    return True, f"{had} Now {_gb(raised)} are reserved."
 
 
 def _kinds(devices: list[Device]) -> list[Kind]:
@@ -139,5 +138,5 @@ def _engine_key(base: BaseModel, recipe: Recipe, devices: list[Device]) -> str |
     return f"{base.id}@{base.revision or ''}/{precision}/{kinds[0]}/{memory.Method.LORA}"
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

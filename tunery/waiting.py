@@ -22,7 +22,8 @@ from typing import Any
 
 from tunery.contracts.scheduling import JobView, Reason, WaitCode, shape
 
-GIB = 1 << 30
+GB = 10**9
+"""As `tunery gpus` and every other table counts; a device is not called larger in one place than in another."""
 MINUTE_S = 60
 Numbers = Mapping[str, Any]
 
@@ -66,11 +67,11 @@ def _no_node(need: str, _numbers: Numbers) -> str:
 
 def _too_large(need: str, numbers: Numbers) -> str:
     if numbers.get("most"):
-        return f"{need} on one node, but no node has more than {_count(numbers['most'], 'such device')}"
+        return f"{need}, but no node has more than {_count(numbers['most'], 'such device')}"
     largest = (
-        f"the largest device that is up has {_gib(numbers['largest'])}" if "largest" in numbers else "none has that"
+        f"the largest device that is up has {_gb(numbers['largest'])}" if "largest" in numbers else "none has that"
     )
-    return f"{need} on one node, but {largest}"
+    return f"{need}, but {largest}"
 
 
 def _no_such_place(need: str, numbers: Numbers) -> str:
@@ -93,6 +94,8 @@ def _cap(whose: str) -> "Sentence":
         if "used" not in numbers or "cap" not in numbers:
             return f"{need}; your {whose} uses all the GPUs that it may use at once"
         used, cap = _amount(numbers["used"]), _amount(numbers["cap"])
+        if not numbers["used"]:
+            return f"{need}; your {whose} may use {cap} GPUs at once, which is less"
         return f"{need}; your {whose} uses {used} of the {cap} GPUs that it may use at once"
 
     return sentence
@@ -101,6 +104,8 @@ def _cap(whose: str) -> "Sentence":
 def _running_limit(_need: str, numbers: Numbers) -> str:
     if "most" not in numbers:
         return "your project has as many running jobs as it may have"
+    if not numbers["most"]:
+        return "your project may run no jobs: an operator has set its limit to 0"
     return f"your project has {numbers.get('running', numbers['most'])} of at most {numbers['most']} running jobs"
 
 
@@ -112,9 +117,13 @@ def _busy(need: str, numbers: Numbers) -> str:
 
 
 def _fragmented(need: str, numbers: Numbers) -> str:
-    free = f"{_count(numbers['free'], 'suitable device')} are free" if "free" in numbers else "enough devices are free"
-    most = f", at most {numbers['most']} on one" if "most" in numbers else ", but not on one"
-    return f"{need} on one node; {free}{most}{_free_at(numbers)}"
+    free = (
+        f"{_count(numbers['free'], 'suitable device')} {_are(numbers['free'])} free"
+        if "free" in numbers
+        else "enough devices are free"
+    )
+    most = f", at most {numbers['most']} on one node" if "most" in numbers else ", but not on one node"
+    return f"{need}; {free}{most}{_free_at(numbers)}"
 
 
 def _no_slot(need: str, numbers: Numbers) -> str:
@@ -129,7 +138,8 @@ def _reserved(need: str, numbers: Numbers) -> str:
 
 
 def _holds(need: str, numbers: Numbers) -> str:
-    return f"it is next: {need.removeprefix('needs ')} are kept for it{_by(numbers)}"
+    kept = need.removeprefix("needs ")
+    return f"it is next: {kept} {'is' if kept.startswith('1 ') else 'are'} kept for it{_by(numbers)}"
 
 
 def _preempting(_need: str, numbers: Numbers) -> str:
@@ -174,7 +184,7 @@ def _shorter(_job: JobView, numbers: Numbers) -> Sequence[str]:
 def _smaller(job: JobView, numbers: Numbers) -> Sequence[str]:
     if numbers.get("most"):
         return [f"Ask for {_count(numbers['most'], 'GPU')} or fewer; no node has more that would do."]
-    less = "A smaller base model or a shorter max_length needs less memory."
+    less = "A smaller base model, max_length or per_device_train_batch_size needs less memory."
     return [less, "Without the class it may find a larger device."] if job.gpu_class else [less]
 
 
@@ -187,6 +197,12 @@ def _elsewhere(_job: JobView, _numbers: Numbers) -> Sequence[str]:
     return ["Leave out the class or the labels that no node has; `tunery gpus` shows what there is."]
 
 
+def _under_cap(whose: str, numbers: Numbers) -> Sequence[str]:
+    if numbers.get("used") == 0:
+        return ["An operator has to raise the cap, or the job to ask for fewer GPUs."]
+    return [f"It starts as your {whose}'s jobs end; an operator may raise the cap."]
+
+
 _ADVICE: dict[WaitCode, Callable[[JobView, Numbers], Sequence[str]]] = {
     WaitCode.RESERVED: _shorter,
     WaitCode.TOO_LARGE: _smaller,
@@ -194,14 +210,14 @@ _ADVICE: dict[WaitCode, Callable[[JobView, Numbers], Sequence[str]]] = {
     WaitCode.NO_SUCH_PLACE: _elsewhere,
     WaitCode.NO_NODE: lambda _job, _numbers: ["An operator has to bring a node up; `tunery nodes` shows them."],
     WaitCode.UNAVAILABLE: lambda _job, _numbers: ["An operator has to return a node; `tunery nodes` shows them."],
-    WaitCode.BLOCKED: lambda _job, _numbers: ["`tunery budget` shows the numbers; an operator may raise it."],
-    WaitCode.PROJECT_CAP: lambda _job, _numbers: [
-        "It starts as your project's jobs end; an operator may raise the cap."
+    WaitCode.BLOCKED: lambda _job, _numbers: ["`tunery budget show` shows the numbers; an operator may raise it."],
+    WaitCode.PROJECT_CAP: lambda _job, numbers: _under_cap("project", numbers),
+    WaitCode.ORGANIZATION_CAP: lambda _job, numbers: _under_cap("organization", numbers),
+    WaitCode.RUNNING_LIMIT: lambda _job, numbers: [
+        "An operator may raise the limit; `tunery project show` shows it."
+        if numbers.get("most") == 0
+        else "It starts when one of your project's jobs ends."
     ],
-    WaitCode.ORGANIZATION_CAP: lambda _job, _numbers: [
-        "It starts as your organization's jobs end; an operator may raise the cap."
-    ],
-    WaitCode.RUNNING_LIMIT: lambda _job, _numbers: ["It starts when one of your project's jobs ends."],
 }
 
 
@@ -225,7 +241,9 @@ def _choices(code: WaitCode, job: JobView) -> Sequence[str]:
 
 
 def _need(job: JobView) -> str:
-    return f"needs {job.gpus} x {_gib(job.required_bytes)}"
+    if job.gpus == 1:
+        return f"needs 1 GPU with {_gb(job.required_bytes)}"
+    return f"needs {job.gpus} GPUs with {_gb(job.required_bytes)} each on one node"
 
 
 def _how_busy(numbers: Numbers) -> str:
@@ -234,8 +252,8 @@ def _how_busy(numbers: Numbers) -> str:
     return f"{numbers['busy']} of {numbers['total']} suitable devices are busy"
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
+def _gb(size: float) -> str:
+    return f"{size / GB:.1f} GB"
 
 
 def _count(number: int, what: str) -> str:
@@ -273,4 +291,6 @@ def _span(seconds: float) -> str:
     minutes = int(seconds // MINUTE_S)
     if minutes >= 48 * 60:
         return f"{minutes // (24 * 60)} d {minutes // 60 % 24} h"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"
