@@ -41,6 +41,13 @@ STATUS = {
 }
 """A code that is not here has the status of the error class that carries it."""
 
+FIXES = {
+    400: "Correct it and send the request again; /docs describes every field.",
+    404: "Check the id and the key: another project's object looks as if it did not exist.",
+    405: "/docs lists the methods of every path.",
+    500: "Try again; if it happens again, send the request id to your operator.",
+}
+"""For errors that have no better one of their own: nobody is left with a code alone."""
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 RETRY_AFTER_S = 2
 MAX_PROBLEMS = 50
@@ -57,8 +64,8 @@ def answer(error: ServiceError, scope: Scope, headers: Mapping[str, str] | None 
         "docs": f"{scope['app'].state.settings.docs_url}#{error.code}",
         "request_id": scope.get("state", {}).get("request_id"),
     }
-    if error.fix:
-        body["fix"] = error.fix
+    if fix := error.fix or FIXES.get(status):
+        body["fix"] = fix
     if error.details:
         body["errors"] = error.details[:MAX_PROBLEMS]
     sent = {"content-type": "application/json", **_hints(status), **(headers or {})}
@@ -83,8 +90,7 @@ def install(app: FastAPI) -> None:
 
 def internal(scope: Scope) -> Response:
     """What a caller may know of a bug: that it is ours, and the id under which the log tells the rest."""
-    fix = "Try again; if it happens again, send the request id to your operator."
-    return answer(ServiceError("The server made an error.", fix=fix), scope)
+    return answer(ServiceError("The server made an error."), scope)
 
 
 def too_large(limit: int) -> TooLarge:
@@ -121,7 +127,8 @@ async def _invalid_request(request: Request, error: Any) -> Response:
     problems = [_problem(problem) for problem in error.errors()]
     first = problems[0]
     details: list[dict[str, object]] = [{"param": param, "message": message} for param, message in problems]
-    mapped = Invalid(first[1], param=first[0], details=details if len(details) > 1 else [])
+    fix = _fix(error.errors()[0])
+    mapped = Invalid(first[1], param=first[0], fix=fix, details=details if len(details) > 1 else [])
     return answer(mapped, request.scope)
 
 
@@ -146,6 +153,7 @@ async def _collision(request: Request, error: Any) -> Response:
 # ---- validation errors in words -----------------------------------------------------------------------------
 
 _FIELD = re.compile(r"[A-Za-z_][\w.:-]*")
+_EXPECTED = "Input should be "
 _BRANCHES = ("constrained-", "function-", "literal[", "tuple[", "list[", "dict[", "lax-or-strict", "json-or-python")
 
 
@@ -164,6 +172,27 @@ def _problem(problem: Mapping[str, Any]) -> tuple[str | None, str]:
             return None, f"The body is not usable: {told}."
         case _:
             return param, f"Invalid '{param}': {told[:1].lower()}{told[1:]}."
+
+
+def _fix(problem: Mapping[str, Any]) -> str | None:
+    """What would have been right. A number that was wrong is quoted, a text is not: nobody knows what is in it."""
+    kind, told, given = problem["type"], problem["msg"], problem.get("input")
+    match kind:
+        case "missing":
+            return "Add it, and send the request again."
+        case "extra_forbidden":
+            return "Correct its name, or leave it out; /docs lists what there is."
+        case "json_invalid":
+            return "Send one JSON object."
+        case _ if not told.startswith(_EXPECTED):
+            return None
+    right = told.removeprefix(_EXPECTED).partition(", got ")[0]
+    number = "a number " if right.startswith(("greater", "less")) else ""
+    return f"Send {number}{right}{f'; it was {given:g}' if _is_number(given) else ''}."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
 
 
 def _param(loc: Sequence[str | int]) -> str | None:

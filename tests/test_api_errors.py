@@ -63,7 +63,34 @@ def envelope(response: httpx.Response, status: int) -> dict[str, Any]:
 )
 def test_the_envelope(client: httpx.Client, method: str, path: str, status: int) -> None:
     told = envelope(client.request(method, path), status)
-    assert told["type"] == "invalid_request_error" and told["message"]
+    assert told["type"] == "invalid_request_error" and told["message"] and told["fix"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "fix"),
+    [
+        (
+            {"weight": -1},
+            "Invalid 'weight': input should be greater than 0.",
+            "Send a number greater than 0; it was -1.",
+        ),
+        ({"weight": "secret"}, "Invalid 'weight': input should be a valid number", "Send a valid number"),
+        ({"max_running_jobs": 1.5}, "Invalid 'max_running_jobs'", "Send a valid integer; it was 1.5."),
+        ({"colour": 1}, "Unknown parameter: 'colour'.", "Correct its name"),
+    ],
+)
+def test_what_would_have_been_right(
+    client: httpx.Client, project: Tenant, changes: dict[str, Any], message: str, fix: str
+) -> None:
+    told = envelope(client.patch("/v1/projects/research", json=changes), 400)
+    assert told["message"].startswith(message) and told["fix"].startswith(fix)
+    assert "secret" not in json.dumps(told)
+
+
+def test_a_time_limit_has_units(client: httpx.Client) -> None:
+    body = {"model": "x", "training_file": "x", "tunery": {"scheduling": {"time_limit": 0}}}
+    told = envelope(client.post("/v1/fine_tuning/jobs", json=body), 400)
+    assert told["message"].endswith("expected 60 seconds to 90 days; it was 0 seconds.")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b'"x"', b"\xff", b"[" * 100_000])

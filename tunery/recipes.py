@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from tunery.contracts.spec import EvaluationArgs, LoraSpec, Recipe, TrainingArgs
 
@@ -29,10 +29,18 @@ def seconds_of(given: Any) -> Any:
     return float(sum(int(count or 0) * unit for count, unit in zip(found.groups(), _UNITS_S, strict=True)))
 
 
+def _sound(seconds: float) -> float:
+    if not LEAST_LIMIT_S <= seconds <= MOST_LIMIT_S:
+        raise ValueError(
+            f"expected {LEAST_LIMIT_S} seconds to {MOST_LIMIT_S // 86_400} days; it was {seconds:g} seconds"
+        )
+    return seconds
+
+
 Period = Annotated[
     float,
-    Field(ge=LEAST_LIMIT_S, le=MOST_LIMIT_S),
     BeforeValidator(seconds_of),
+    AfterValidator(_sound),
     WithJsonSchema(
         {
             "anyOf": [

@@ -82,7 +82,11 @@ def find_organization(session: Session, wanted: str) -> Known:
     for one in everybody(session):
         if wanted in (ids.encode(ids.ORGANIZATION, one.organization_id), one.organization):
             return one
-    raise NotFound(f"No such organization: '{wanted[:80]}'", param="organization")
+    raise NotFound(
+        f"No such organization: '{wanted[:80]}'",
+        param="organization",
+        fix="`tunery project list` shows them beside their projects.",
+    )
 
 
 def of_project(session: Session, project_id: uuid.UUID) -> ProjectShare:
