@@ -97,14 +97,14 @@ def what_if(
     futures = _futures(seen, expected_s, recent, {job.id}, budget_s)
     counts = _Counts(_order(seen.jobs, futures))
     found = _of_job(job, futures, counts)
-    now = snapshot.now
+    now, reason = snapshot.now, schedule(seen).reasons([job]).get(job.id)
+    least = ROUND_S if reason is not None else 0.0  # what waits, be it for a checkpoint alone, does not start at once
     relative = replace(
         found,
-        start_p50=None if found.start_p50 is None else rounded(found.start_p50 - now),
-        start_p90=None if found.start_p90 is None else rounded(found.start_p90 - now),
+        start_p50=None if found.start_p50 is None else max(least, rounded(found.start_p50 - now) or 0.0),
+        start_p90=None if found.start_p90 is None else max(least, rounded(found.start_p90 - now) or 0.0),
         not_before=None if found.not_before is None else (found.not_before - now) // ROUND_S * ROUND_S,
     )
-    reason = schedule(seen).reasons([job]).get(job.id)
     return Answer(relative, _coarse(reason) if reason is not None else None)
 
 
