@@ -1,9 +1,13 @@
 """The line that a watcher sees, and numbers as people read them."""
 
+from collections.abc import Iterator
+
 import pytest
+from rich.console import Console
 from rich.text import Text
 
 from tests.test_cli_server import event, job, progress
+from tunery.cli import show
 from tunery.cli.job_follow import seconds
 from tunery.cli.show import ago, duration, number, parameters, rate, size
 from tunery.cli.terminal import clean
@@ -44,6 +48,40 @@ def test_what_others_wrote_cannot_steer_the_terminal() -> None:
     assert shown is not None
     assert shown.endswith("[2J31mhello")
     assert clean("a\tb\nc\x1b") == "a\tb\nc"
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A terminal of 60 columns."""
+    monkeypatch.setattr(show, "console", lambda: Console(width=60))
+    yield
+
+
+ROWS = [("a" * 33, "queued", "a long model name", "7"), ("b" * 40, "cancelled", "x", "12,000")]
+
+
+def test_a_narrow_table_cuts_what_may_be_cut_and_says_what_it_left_out(
+    narrow: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show.table(("NAME", "STATE", "MODEL", "STEPS", "ID"), [(*row, "id-" * 5) for row in ROWS], right=("STEPS",))
+    out, err = capsys.readouterr()
+    head, first, second = out.splitlines()
+    assert head == f"{'NAME':<33}  STATE      {'MODEL':<8}"[:60].rstrip()
+    assert first == f"{'a' * 33}  queued     a long model …" and second == f"{'b' * 32}…  cancelled  x"
+    assert err.startswith("no room for STEPS, ID:")
+
+
+def test_notes_stand_below_their_rows(narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
+    show.table(("NAME", "STATE"), [row[:2] for row in ROWS], notes=["because " * 20, "so"])
+    out = capsys.readouterr().out.splitlines()
+    assert [line[:12] for line in out[2::2]] == ["    because ", "    so"] and len(out[2]) == 60
+
+
+def test_long_values_go_on_below_themselves(narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
+    show.fields([("why", "needs this; " * 8), ("id", "x" * 70)])
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.startswith("why  needs this;") and second.startswith("     ") and len(first) <= 60
+    assert third == f"id   {'x' * 70}"
 
 
 def test_numbers_read_well() -> None:

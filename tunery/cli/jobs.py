@@ -8,8 +8,8 @@ import typer
 
 from tunery.cli import config, refs
 from tunery.cli.options import All, JobRef, Json, Limit, Quiet, group, take
-from tunery.cli.show import ago, date, duration, fields, listing, number, size, table, unix
-from tunery.cli.terminal import clean, data, done, json_out, one_line, say
+from tunery.cli.show import ago, date, duration, fields, listing, number, size, table, unix, wrapped
+from tunery.cli.terminal import clean, console, data, done, json_out, one_line, say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -132,7 +132,8 @@ def starts_in(times: "StartTimes | None", now: float | None = None) -> str | Non
     passed = time.time() if now is None else now
     p50, p90, least = (times.get(name) for name in ("p50", "p90", "not_before"))
     if p50 is not None:
-        first = "now" if p50 - passed < MINUTE_S else f"in {about(p50 - passed)}"
+        soon = "now" if now is not None else "within a minute"
+        first = soon if p50 - passed < MINUTE_S else f"in {about(p50 - passed)}"
         second = (
             f" (9 times in 10 within {about(p90 - passed)})" if p90 is not None and p90 - passed >= MINUTE_S else ""
         )
@@ -251,14 +252,21 @@ def why(job: JobRef, as_json: Json = False) -> None:
         ("place", place_of(wait)),
         (
             "starts",
-            starts_in(wait.get("estimated_start")) or "not known yet: the scheduler forecasts every half minute",
+            starts_in(wait.get("estimated_start")) or _unknown((wait.get("reason") or {}).get("code")),
         ),
         ("asked for", asked_of(found)),
         ("time limit", duration(limit) if limit else None),
     ]
     fields(rows)
-    for line in wait.get("advice") or []:
-        data(f"  - {clean(line)}")
+    for advice in wait.get("advice") or []:
+        first, *rest = wrapped(clean(advice), max(console().width - 4, 40))
+        data("\n".join([f"  - {first}", *(f"    {line}" for line in rest)]))
+
+
+def _unknown(code: str | None) -> str:
+    if code in ("too_large", "no_such_place", "no_node", "unavailable", "blocked"):
+        return "not before that changes"
+    return "not known yet: the scheduler forecasts every half minute"
 
 
 @app.command("priority")

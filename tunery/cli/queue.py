@@ -1,6 +1,7 @@
 """`queue`: what waits, why, and when it starts; and what would become of one more job."""
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,8 +13,8 @@ from tunery.cli.job_create import create, request_of
 from tunery.cli.job_estimate import counted
 from tunery.cli.jobs import about, asks, place_of, starts_in
 from tunery.cli.options import Json, Quiet
-from tunery.cli.show import duration, fields, listing, money, size
-from tunery.cli.terminal import console, json_out, one_line, say
+from tunery.cli.show import duration, fields, money, size, table
+from tunery.cli.terminal import console, data, json_out, say
 
 if TYPE_CHECKING:
     from tunery.client.shapes import Queue, QueuedJob, QueueSimulation, StartTimes
@@ -24,7 +25,8 @@ app = typer.Typer(
     add_completion=False,
     invoke_without_command=True,
 )
-_LEAST_WHY = 12
+_LEAST_WHY = 60
+_AHEAD = re.compile(r"; \d+ jobs? of (your project|other projects)( and \d+ of other projects)? (is|are) ahead$")
 _SUBMITTING = ("wait", "watch", "detach", "dry_run", "quiet")
 
 
@@ -38,20 +40,26 @@ def show_queue(context: typer.Context, as_json: Json = False, quiet: Quiet = Fal
         json_out(found)
         return
     rows = found.get("jobs") or []
-    headers = ("JOB", "POS", "STARTS IN", "ASKS", "WHY")
-    cells = {job["id"]: _row(job) for job in rows}
-    # a table that is too wide gives up its small columns first; here the last one may be cut
-    widths = [max([len(head), *(len(str(row[place])) for row in cells.values())]) for place, head in enumerate(headers)]
-    room = max(console().width - sum(widths[:-1]) - 2 * len(widths), _LEAST_WHY)
-    cut = {job_id: (*row[:-1], one_line(row[-1], room)) for job_id, row in cells.items()}
-    listing(
-        rows, headers, lambda job: cut[job["id"]], "none of your jobs wait", right=("POS",), as_json=False, quiet=quiet
-    )
-    if not quiet:
-        say(_sum(found, len(rows)))
+    if quiet:
+        for job in rows:
+            data(job["id"])
+        return
+    if rows:
+        _table(rows)
+    say(_sum(found, len(rows)))
 
 
-def _row(job: "QueuedJob") -> tuple[object, ...]:
+def _table(rows: "list[QueuedJob]") -> None:
+    """The reason is what people came for: where it has no room beside the rest, it stands below."""
+    headers, cells = ("JOB", "POS", "STARTS IN", "ASKS", "WHY"), [_row(job) for job in rows]
+    wide = sum(max(len(row[place]) for row in (headers, *cells)) for place in range(4)) + 4 * 2
+    if console().width - wide >= min(_LEAST_WHY, max(len(row[-1]) for row in cells)):
+        table(headers, cells, right=("POS",))
+    else:
+        table(headers[:-1], [row[:-1] for row in cells], right=("POS",), notes=[row[-1] for row in cells])
+
+
+def _row(job: "QueuedJob") -> tuple[str, ...]:
     wait = job.get("queue") or {}
     where, when = job.get("resources") or {}, job.get("scheduling") or {}
     reason = (wait.get("reason") or {}).get("message") or ""
@@ -60,7 +68,7 @@ def _row(job: "QueuedJob") -> tuple[object, ...]:
         str(wait.get("position") or "-"),
         _starts(wait.get("estimated_start")),
         _short(asks(where, when)),
-        _without_need(reason),
+        _beside(reason),
     )
 
 
@@ -69,10 +77,11 @@ def _short(text: str) -> str:
     return text.replace(" GPUs with ", " x ").replace(" GPU with ", " x ").replace("class ", "")
 
 
-def _without_need(reason: str) -> str:
-    """The table has a column for what it needs."""
+def _beside(reason: str) -> str:
+    """The table has columns for what it needs and for its place."""
     need, found, rest = reason.partition("; ")
-    return rest if found and need.startswith("needs ") else reason
+    told = rest if found and need.startswith("needs ") else reason
+    return _AHEAD.sub("", told)
 
 
 def _starts(times: "StartTimes | None") -> str:
@@ -85,7 +94,7 @@ def _starts(times: "StartTimes | None") -> str:
     p50, p90, least = (times.get(name) for name in ("p50", "p90", "not_before"))
     if p50 is None:
         return f"> {about(least - now)}" if least is not None else "?"
-    first = about(p50 - now) if p50 - now >= 60 else "now"
+    first = about(p50 - now) if p50 - now >= 60 else "< 1m"
     last = about(p90 - now) if p90 is not None and p90 - now >= 60 else None
     return f"{first} - {last}" if last and last != first else first
 
@@ -94,7 +103,8 @@ def _sum(queue: "Queue", shown: int) -> str:
     own, everybody = (queue.get("project") or {}).get("queued", 0), queue.get("queued", 0)
     free, total = queue.get("available_gpus", 0), queue.get("total_gpus", 0)
     rest = f"; the first {shown} are shown" if own > shown else ""
-    text = f"{own} of your jobs wait{rest}, {everybody - own} of other projects; {free} of {total} GPUs are free"
+    wait = "waits" if own == 1 else "wait"
+    text = f"{own} of your jobs {wait}{rest}, {everybody - own} of other projects; {free} of {total} GPUs are free"
     return f"{text}\n  why  tunery jobs why JOB" if shown else text
 
 
@@ -122,13 +132,18 @@ def _about(found: "QueueSimulation") -> list[tuple[str, object]]:
     amount = cost.get("amount")
     place = place_of({"position": found.get("position"), "jobs_ahead": found.get("jobs_ahead") or {}})
     return [
-        ("starts", starts_in(found.get("starts_in"), 0) or "not within what was looked at"),
+        ("starts", starts_in(found.get("starts_in"), 0) or _unknown(reason.get("code"))),
         ("place", place),
         ("waits", reason.get("message")),
         ("memory", f"{size(found.get('gpu_bytes'))} on each GPU"),
         ("runs", f"about {duration(cost.get('hours', 0) * 3600)}, stopped after {duration(found.get('limit_s'))}"),
         ("cost", money(amount) if amount is not None else None),
     ]
+
+
+def _unknown(code: str | None) -> str:
+    never = "never here as it is: no node could run it"
+    return never if code in ("too_large", "no_such_place") else "not within what was looked at"
 
 
 def _with_options_of(command: Callable[..., None], without: tuple[str, ...]) -> inspect.Signature:

@@ -1,5 +1,6 @@
 """Tables, field lists, and numbers as people read them."""
 
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
@@ -37,44 +38,97 @@ STATE_COLOUR = {
 }
 
 
-WHOLE = ("STATE", "STATUS", "VERSION", "POS", "STARTS IN")
-"""Columns that say nothing when cut."""
+WHOLE = ("ID", "STATE", "STATUS", "VERSION", "POS", "STARTS IN")
+"""Columns that say nothing when cut; numbers, which stand at the right, do not either."""
+_LEAST, _ID = 8, 33
+"""A column is cut to so many letters, and the first one, which holds an id or a name, to an id's length."""
+_GAP = 2
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> None:
-    """The first column, an id or a name, and those of `WHOLE` are never cut; where it is narrow the others give way."""
-    from rich.table import Table
-    from rich.text import Text
+def table(
+    headers: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    right: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> None:
+    """Aligned columns. Where they do not fit, long texts are cut, then columns are left out from the right, and named.
 
-    grid = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for number, header in enumerate(headers):
-        grid.add_column(
-            header,
-            no_wrap=True,
-            overflow="fold" if number == 0 else "ellipsis",
-            justify="right" if header in right else "left",
-        )
-    cells = [[clean("-" if cell is None else cell) for cell in row] for row in rows]
-    for number, header in enumerate(headers):
-        if number == 0 or header in WHOLE:
-            grid.columns[number].min_width = max([len(header), *(len(row[number]) for row in cells)])
-    for row in cells:
-        grid.add_row(*(Text(cell, style=STATE_COLOUR.get(cell, "")) for cell in row))
-    out = console()
-    with out.capture() as captured:
-        out.print(grid)
-    for line in captured.get().splitlines():
-        terminal.data(line.rstrip())
+    `notes`: a line below each row, cut where it has to be; there are as many as rows, or none.
+    """
+    from rich.cells import cell_len
+
+    cells = [[_flat(cell) for cell in row] for row in rows]
+    natural = [max([cell_len(text) for text in column]) for column in zip(headers, *cells, strict=True)]
+    least = [
+        min(wide, _ID) if place == 0 else wide if head in WHOLE or head in right else min(wide, max(len(head), _LEAST))
+        for place, (head, wide) in enumerate(zip(headers, natural, strict=True))
+    ]
+    room = console().width
+    widths = _fitted(natural, least, room)
+    terminal.data(_line(headers, headers, widths, right, header=True))
+    for number, row in enumerate(cells):
+        terminal.data(_line(headers, row, widths, right))
+        if notes:
+            terminal.data(terminal.paint(f"    {terminal.one_line(notes[number], room - 4)}", dim=True, out=True))
+    if left_out := [head for head in headers[len(widths) :] if head]:
+        say(f"no room for {', '.join(left_out)}: --json has everything, and so has a wider terminal")
+
+
+def _fitted(natural: Sequence[int], least: Sequence[int], room: int) -> list[int]:
+    """The widths of as many columns as there is room for: what is widest gives way first."""
+    for shown in range(len(natural), 0, -1):
+        widths = list(natural[:shown])
+        while sum(widths) + _GAP * (shown - 1) > room:
+            widest = max(range(shown), key=lambda place: (widths[place] > least[place], widths[place]))
+            if widths[widest] <= least[widest]:
+                break
+            widths[widest] -= 1
+        else:
+            return widths
+    return list(least[:1])
+
+
+def _line(
+    headers: Sequence[str], cells: Sequence[str], widths: Sequence[int], right: Sequence[str], *, header: bool = False
+) -> str:
+    from rich.cells import cell_len, set_cell_size
+
+    shown: list[str] = []
+    for head, cell, width in zip(headers, cells, widths, strict=False):
+        text = cell if cell_len(cell) <= width else set_cell_size(cell, width - 1) + "…"
+        fill = " " * (width - cell_len(text))
+        if header:
+            painted = terminal.paint(text, dim=True, out=True)
+        else:
+            painted = terminal.paint(text, STATE_COLOUR.get(cell), out=True)
+        shown.append(fill + painted if head in right else painted + fill)
+    return (" " * _GAP).join(shown).rstrip()
+
+
+def _flat(cell: object) -> str:
+    return "-" if cell is None else " ".join(clean(cell).split())
 
 
 def fields(pairs: Iterable[tuple[str, object]]) -> None:
-    """`name  value`, one a line, aligned; what is unknown is left out."""
+    """`name  value`, one a line, aligned; what is unknown is left out. A long value goes on below itself."""
     known = [(name, clean(value)) for name, value in pairs if value not in (None, "")]
     width = max((len(name) for name, _ in known), default=0)
+    room = max(console().width - width - _GAP, _ID)
     for name, value in known:
-        colour = STATE_COLOUR.get(value.split(" ")[0])
-        shown = terminal.paint(value, colour, out=True) if name == "state" else value
-        terminal.data(f"{terminal.paint(name.ljust(width), dim=True, out=True)}  {shown}")
+        colour = STATE_COLOUR.get(value.split(" ")[0]) if name == "state" else None
+        first, *rest = wrapped(value, room)
+        label = terminal.paint(name.ljust(width), dim=True, out=True)
+        terminal.data(f"{label}  {terminal.paint(first, colour, out=True)}")
+        for line in rest:
+            terminal.data(f"{' ' * (width + _GAP)}{line}")
+
+
+def wrapped(text: str, room: int) -> list[str]:
+    """Between words; a word that is longer than `room`, such as an id, stays whole."""
+    if len(text) <= room:
+        return [text]
+    return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def ago(moment: int | float | str | None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tunery.cli.failures import Exit, Failure, explain
-from tunery.cli.jobs import progress_of, state_of
+from tunery.cli.jobs import progress_of, starts_in, state_of
 from tunery.cli.progress import Milestones
 from tunery.cli.show import STATE_COLOUR, clock, duration, number, rate, short_id, size
 from tunery.cli.terminal import clean, console, done, one_line, paint, say
@@ -174,8 +174,10 @@ def waiting_for(job: "Job") -> str:
     queue = job.get("tunery", {}).get("queue") or {}
     if state_of(job) not in ("queued", "paused") or not queue:
         return ""
-    position, reason = queue.get("position"), (queue.get("reason") or {}).get("message")
-    return ": ".join(part for part in (f"position {position}" if position else "", reason) if part)
+    position, starts = queue.get("position"), starts_in(queue.get("estimated_start"))
+    told = [f"position {position}"] if position else []
+    told += [f"starts {starts}"] if starts else []
+    return ": ".join(part for part in (", ".join(told), (queue.get("reason") or {}).get("message")) if part)
 
 
 def entry(moment: float | None, word: str, rest: str, colour: str | None = None) -> str:
