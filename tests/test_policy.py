@@ -344,6 +344,17 @@ def test_a_share_is_evened_out_only_while_the_other_stays_no_worse_off():
     assert not schedule(world([place], [one], both, projects=served)).preempts
 
 
+def test_a_gang_is_broken_up_for_a_gang_of_its_size_and_for_a_guarantee_never_for_a_little_fairness():
+    first, second = node(80, 80, name="a"), node(80, 80, name="b")
+    gangs = [running(first, 0, 1, project=B), running(second, 0, 1, project=B)]
+    ahead = project(A, service=10), project(B, service=1e6)
+    assert not schedule(world([first, second], [job()], gangs, projects=ahead)).preempts
+    assert len(schedule(world([first, second], [job(gpus=2)], gangs, projects=ahead)).preempts) == 1
+    entitled = project(A, service=10, guarantee=1), project(B, service=1e6)
+    (asked,) = schedule(world([first, second], [job()], gangs, projects=entitled)).preempts
+    assert asked.kind is PreemptKind.GUARANTEE
+
+
 def test_who_may_not_be_moved_is_not():
     place = node(80)
     tenants = project(A, guarantee=1), project(B)

@@ -156,11 +156,16 @@ class Room:
             return None  # not even if all of them left
         candidates.sort(key=self._rank)
         chosen: list[_Candidate] = []
-        taken = _Taken()
+        taken, freed = _Taken(), 0
+        # for a fairer share nobody gives up more than the job needs: what breaks a gang up for less is lost on all
+        most = job.gpus if claim.kind is PreemptKind.FAIR_SHARE else len(node.gpus)
         for one in candidates:
+            if (freed | one.occupant.mask).bit_count() > most:
+                continue
             if self._may_give(claim, one, taken, one.view.rate):
                 chosen.append(one)
                 taken.add(one)
+                freed |= one.occupant.mask
                 if self._free(node, job, chosen).bit_count() >= job.gpus:
                     break
         else:
