@@ -43,7 +43,9 @@ class Cluster:
         self.gpus = {gpu.id: gpu for node in seen.nodes for gpu in node.gpus}
         self.live = list(sim.live.values())
         self.tenants = {one.id: one for one in (*seen.projects, *seen.organizations)}
+        holds = list(holds)
         self.held = [hold for hold in holds if hold.kind is HoldKind.PREEMPTION]
+        self.gangs = [hold for hold in holds if hold.kind is HoldKind.GANG]
         self.waiting = sim.waiting
         before = Counter(view.node_id for view in seen.running)
         self.capacity = {node.id: node.free_slots + before[node.id] for node in seen.nodes}
@@ -121,9 +123,32 @@ class Cluster:
         return any(self.allows(job, rate, self.now) for _, rate in self.places(job, self.now))
 
     def keeps(self, hold: Hold) -> bool:
-        """Whether a gang can start where and when it was promised."""
+        """Whether a gang can start where and when it was promised, beside all who were promised something by then."""
         job, at = self.waiting[hold.job_id], hold.promised_at
-        return any(node.id == hold.node_id and self.allows(job, rate, at) for node, rate in self.places(job, at))
+        return any(
+            node.id == hold.node_id and self.allows(job, rate, at) and self._beside_gangs(hold, rate)
+            for node, rate in self.places(job, at)
+        )
+
+    def _beside_gangs(self, hold: Hold, rate: float) -> bool:
+        job, at = self.waiting[hold.job_id], hold.promised_at
+        costs = {gpu.gpu_class: gpu.cost for gpu in self.gpus.values()}
+        others = [
+            (self.waiting[one.job_id], costs[one.gpu_class])
+            for one in self.gangs
+            if one.job_id in self.waiting
+            and one.job_id != hold.job_id
+            and one.promised_at <= at < one.promised_at + self.waiting[one.job_id].limit_s + self.settings.grace_s
+        ]
+        for tenant_id in (job.project_id, job.organization_id):
+            if (tenant := self.tenants.get(tenant_id)) is None:
+                continue
+            same = [(one, cost) for one, cost in others if tenant_id in (one.project_id, one.organization_id)]
+            if self.rate(tenant_id, at) + rate + sum(one.gpus * cost for one, cost in same) > tenant.cap + EPSILON:
+                return False
+            if tenant.max_running is not None and self.running(tenant_id, at) + len(same) >= tenant.max_running:
+                return False
+        return True
 
     def earliest(self, job: JobView) -> float:
         """When it fits if everybody runs to the limit."""
@@ -145,7 +170,7 @@ class Cluster:
 class _Started(Cluster):
     def __init__(self, before: Cluster, job: JobView, node: NodeView, gpus: list[GpuView]) -> None:
         self.now, self.settings, self.nodes, self.gpus = before.now, before.settings, before.nodes, before.gpus
-        self.tenants, self.held = before.tenants, before.held
+        self.tenants, self.held, self.gangs = before.tenants, before.held, before.gangs
         self.waiting, self.capacity = before.waiting, before.capacity
         self.live = before.live
         self._job, self._node, self._own = job, node, gpus
