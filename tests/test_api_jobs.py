@@ -178,6 +178,7 @@ def test_a_running_job_says_how_far_it_is(
     shown = client.get(f"{JOBS}/{work.id}").json()
     progress = shown["tunery"]["progress"]
     assert (progress["gpu_memory_bytes"], progress["gpu_utilization"]) == (3e9, None)
+    assert (progress["sampled_at"], progress["underused_since"], progress["epoch_seconds"]) == (None, None, [])
     assert (progress["step"], progress["total_steps"], progress["percent"]) == (10, 40, 25.0)
     assert progress["loss"] == pytest.approx(0.2) and progress["eta_seconds"] == 90
     assert abs(shown["estimated_finish"] - time.time() - 90) < 5

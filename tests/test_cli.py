@@ -181,6 +181,15 @@ def test_json_is_one_document_and_quiet_is_one_id_a_line(run: Run, server: Serve
     assert json.loads(run("jobs", "show", "ftjob-007", "--json").stdout) == server.jobs[7]
 
 
+def test_a_job_shows_what_its_devices_do_and_how_long_an_epoch_takes(run: Run, server: Server) -> None:
+    sampled = {"gpu_utilization": 0.12, "device_memory_bytes": 31_000_000_000, "sampled_at": int(time.time()) - 70}
+    mine = progress(12) | sampled | {"underused_since": int(time.time()) - 720, "epoch_seconds": [80.0, 75.2]}
+    server.jobs = [job(state="running", progress=mine)]
+    shown = run("jobs", "show", "@last").stdout
+    assert "12 % busy, 31 GB in use, 1m ago; little to do for 12m" in shown
+    assert "1m 20s, 1m 15s" in shown
+
+
 def test_tables_keep_ids_whole_and_have_no_colour(run: Run, server: Server) -> None:
     server.jobs = [job(progress=progress(12), state="running")]
     server.base_models, server.adapters = [base_model("ready")], [adapter()]

@@ -3,7 +3,7 @@
 import math
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,6 +21,9 @@ from tunery.models import Checkpoint, MetricChunk, MetricSeries
 
 MAX_SERIES = 200
 """Distinct metric names of one job; more are dropped, because names cost more than points."""
+
+MAX_EPOCHS = 200
+"""So many are kept by their time; more are counted as steps alone."""
 
 OPENAI_NAMES = {
     "train/loss": "train_loss",
@@ -48,7 +51,7 @@ def ingest(session: Session, attempt_id: uuid.UUID, fence: int, said: Sequence[E
         _note(held, event)
     if held.attempt.first_step_at is None and any(isinstance(event, Metrics) for event in fresh):
         held.attempt.first_step_at = func.now()
-    _store_points(session, held, [event for event in fresh if isinstance(event, Metrics | Eval)])
+    store_points(session, held, [(event.step, event.values) for event in fresh if isinstance(event, Metrics | Eval)])
     events.append(session, held.job, entries)
     held.attempt.last_event_seq = fresh[-1].seq
 
@@ -129,18 +132,20 @@ def _note(held: Held, event: Event) -> None:
     match event:
         case Started():
             held.attempt.details = event.model_dump(mode="json", exclude={"seq", "time", "type"})
-            progress |= {"total_steps": event.total_steps, "attempt": held.attempt.no}
+            progress |= {"total_steps": event.total_steps, "attempt": held.attempt.no, "underused_since": None}
+            progress["epoch_clock"] = None  # what lies between two attempts is no training
         case Phase():
             progress["phase"] = event.phase
+            _note_epochs(progress, event)
         case Metrics():
             safe = json_safe(event.values)
             progress["total_steps"] = event.total_steps
             progress["loss"] = safe.get("train/loss", progress.get("loss"))
             progress["tokens_per_second"] = safe.get("train/tokens_per_second", progress.get("tokens_per_second"))
             progress["tokens"] = event.tokens
-            for name in ("gpu_memory_bytes", "gpu_utilization"):
-                progress[name] = safe.get(f"system/{name}", progress.get(name))
+            progress["gpu_memory_bytes"] = safe.get("system/gpu_memory_bytes", progress.get("gpu_memory_bytes"))
             _note_speed(progress, event)
+            _note_epochs(progress, event)
         case Eval():
             safe = json_safe(event.values)
             progress["eval_loss"] = safe.get("eval/loss", progress.get("eval_loss"))
@@ -163,11 +168,31 @@ def _note_speed(progress: dict[str, Any], event: Metrics) -> None:
     progress["speed_step"], progress["speed_time"] = event.step, event.time
 
 
-def _store_points(session: Session, held: Held, said: Iterable[Metrics | Eval]) -> None:
+def _note_epochs(progress: dict[str, Any], event: Phase | Metrics) -> None:
+    """Seconds of training in each pass over the rows, in all attempts together: steps done twice took their time twice.
+
+    The clock stands still outside the phase `training`. A pass is over with the first numbers of the next one, or with
+    the last step.
+    """
+    clock, training = progress.get("epoch_clock"), not isinstance(event, Phase) or event.phase == "training"
+    if clock is not None:
+        progress["epoch_s"] = progress.get("epoch_s", 0.0) + max(0.0, event.time - clock)
+    progress["epoch_clock"] = event.time if training else None
+    if isinstance(event, Phase) or not math.isfinite(at := event.values.get("train/epoch", math.nan)):
+        return
+    took = list(progress.get("epoch_seconds", []))
+    over = min(int(at) if event.step < event.total_steps else math.ceil(at), MAX_EPOCHS) - len(took)
+    if over > 0:  # several at once, where an epoch is shorter than the pause between two numbers
+        progress["epoch_seconds"] = took + [round(progress.get("epoch_s", 0.0) / over, 3)] * over
+        progress["epoch_s"] = 0.0
+
+
+def store_points(session: Session, held: Held, said: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+    """Numbers of steps, each in the series of its name. Of a second one for a series and step nothing is kept."""
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for event in said:
-        for name, value in event.values.items():
-            points[name[:200]].append((event.step, value))
+    for step, values in said:
+        for name, value in values.items():
+            points[name[:200]].append((step, value))
     if not points:
         return
     ids = _series(session, held, sorted(points))

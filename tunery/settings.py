@@ -206,6 +206,12 @@ class NodeSettings(DatabaseSettings, StorageSettings, Clocks, OpsSettings):
     """So many attempts may share one GPU, if their jobs agree and their memory fits."""
     max_unstored_checkpoints: int = Field(default=2, ge=1)
     log_chunk_s: float = 5
+    sample_s: float = Field(default=15, gt=0)
+    """Pause between two samples of what an attempt's devices do, as its job shows them."""
+    underused_below: float = Field(default=0.3, ge=0, le=1)
+    """A job says so when its devices are busy for less than this share of the time; 0: it never does."""
+    underused_after_s: float = Field(default=600, gt=0)
+    """So long without a break, from the first step on."""
     hang_s: float = Field(default=1800, gt=0)
     """A trainer that says nothing for so long is ended. Loading a large model from a cold disk takes minutes."""
     max_log_bytes: int = 64 * MIB

@@ -3,8 +3,10 @@
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tunery.nodes import Device
 
@@ -31,8 +33,8 @@ class Reading:
     utilization: float
 
 
-def readings() -> list[Reading]:
-    """None where there is no NVIDIA driver."""
+def readings(uuids: Sequence[str] | None = None) -> list[Reading]:
+    """Of some GPUs, or of all. None where there is no NVIDIA driver."""
     import pynvml
 
     try:
@@ -40,21 +42,30 @@ def readings() -> list[Reading]:
     except pynvml.NVMLError:
         return []
     try:
-        return [_reading(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        every = [(index, handle, str(pynvml.nvmlDeviceGetUUID(handle))) for index, handle in enumerate(handles)]
+        return [_reading(*one) for one in every if uuids is None or one[2] in uuids]
     finally:
         pynvml.nvmlShutdown()
 
 
-def _reading(index: int) -> Reading:
+def keep_driver_open() -> None:
+    """Until this process ends: whoever reads every second need not wait for the library each time."""
     import pynvml
 
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+
+
+def _reading(index: int, handle: Any, uuid: str) -> Reading:
+    import pynvml
+
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     try:
         busy = int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu) / 100
     except pynvml.NVMLError:  # a GPU in MIG mode does not say
         busy = float("nan")
-    uuid, name = str(pynvml.nvmlDeviceGetUUID(handle)), str(pynvml.nvmlDeviceGetName(handle))
+    name = str(pynvml.nvmlDeviceGetName(handle))
     return Reading(index, uuid, name, int(memory.used), int(memory.total), busy)
 
 

@@ -49,6 +49,7 @@ from worker.line import Line
 from worker.meters import Meters
 from worker.patience import OutageTooLong, persist
 from worker.recorder import Recorder
+from worker.sampling import Sampler, source_of
 from worker.trace import TrainingTrace
 from worker.uploads import CheckpointUploads, LogUploads
 from worker.workspace import Work, Workspace
@@ -92,6 +93,7 @@ class Supervisor:
             on_late=self._meters.late_renewals.inc,
         )
         self._recorder = Recorder(work, sessions)
+        self._sampler = Sampler(work, sessions, settings, source_of(work, settings))
         self._checkpoints = CheckpointUploads(
             work,
             workspace,
@@ -135,10 +137,11 @@ class Supervisor:
             self._line.open()
             self._trainer.start()
             log.info("trainer started")
-            for helper in (self._line, self._recorder, self._checkpoints, self._logs):
+            for helper in (self._line, self._recorder, self._checkpoints, self._logs, self._sampler):
                 helper.start()
             outcome = self._blame(self._watch())
             self._trace.over("the trainer went without a word" if isinstance(outcome, NoOutcome) else None)
+            self._sampler.finish()
             gone = self._trainer.end()
             self._line.hang_up()
             if self._fenced:
@@ -257,6 +260,7 @@ class Supervisor:
         self._recorder.add(event)
         self._meters.hear(event)
         self._trace.hear(event)
+        self._sampler.hear(event)
         if isinstance(event, Checkpoint):
             self._checkpoints.add(event)  # its folder was checked when the event came
 

@@ -43,8 +43,17 @@ class ProgressOut(Out):
     eval_loss: float | str | None
     tokens_per_second: float | str | None
     gpu_memory_bytes: float | str | None
-    """Held by the trainer on its GPU at the last sample; null where the metrics have none."""
+    """Held by the trainer on its GPU by its own count; null where it tells none."""
     gpu_utilization: float | str | None
+    """Newest sample: busy share, 0 to 1, the mean of its devices. Of a shared GPU it is everybody's. On a CPU it is
+    the processor time of the trainer as a share of the cores it may use."""
+    device_memory_bytes: int | None
+    """Newest sample: in use on its devices, whoever uses it; on a CPU, what the trainer has resident."""
+    sampled_at: int | None
+    underused_since: int | None
+    """Its devices have been doing less than the node's threshold since then, and an event `gpu_underused` said so."""
+    epoch_seconds: list[float]
+    """Training time of each pass over the rows that is over, in order; what was trained twice counts twice."""
     eta_seconds: int | None
     percent: float
 
@@ -269,9 +278,17 @@ def _progress(job: Job) -> ProgressOut | None:
         tokens_per_second=said.get("tokens_per_second"),
         gpu_memory_bytes=said.get("gpu_memory_bytes"),
         gpu_utilization=said.get("gpu_utilization"),
+        device_memory_bytes=said.get("device_memory_bytes"),
+        sampled_at=_whole(said.get("sampled_at")),
+        underused_since=_whole(said.get("underused_since")),
+        epoch_seconds=said.get("epoch_seconds", []),
         eta_seconds=_eta_s(job, step, total, said.get("seconds_per_step")),
         percent=100 if job.state == JobState.SUCCEEDED else round(min(percent, 100), 1),
     )
+
+
+def _whole(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds)
 
 
 def _eta_s(job: Job, step: int, total: int | None, seconds_per_step: float | None) -> int | None:

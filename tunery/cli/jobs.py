@@ -12,7 +12,7 @@ from tunery.cli.show import ago, date, duration, fields, listing, number, size, 
 from tunery.cli.terminal import clean, console, data, done, json_out, one_line, say
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from tunery.client.shapes import Attempt, Checkpoint, Cost, Job, Progress, StartTimes, Wait
 
@@ -98,6 +98,8 @@ def _about(job: "Job") -> list[tuple[str, object]]:
         ("phase", progress.get("phase")),
         ("step", step),
         ("losses", ", ".join(known)),
+        ("devices", sample_of(progress, over=bool(job.get("finished_at")))),
+        ("epochs took", _epochs(progress.get("epoch_seconds") or [])),
         ("model", job.get("model")),
         ("training file", job.get("training_file")),
         ("validation file", job.get("validation_file")),
@@ -113,6 +115,25 @@ def _about(job: "Job") -> list[tuple[str, object]]:
         ("result", job.get("fine_tuned_model")),
         ("adapter", made),
     ]
+
+
+def sample_of(progress: "Progress", *, over: bool = False) -> str | None:
+    """`87 % busy, 31 GB in use, 12s ago`: the newest sample."""
+    busy, used, at = (progress.get(name) for name in ("gpu_utilization", "device_memory_bytes", "sampled_at"))
+    if at is None or not isinstance(busy, int | float):
+        return None
+    since = None if over else progress.get("underused_since")
+    told = f"; little to do for {duration(time.time() - since)}" if since is not None else ""
+    return f"{100 * busy:.0f} % busy, {size(used)} in use, {ago(at)}{told}"
+
+
+def _epochs(took: "Sequence[float]") -> str | None:
+    """Every one of a few; else the last, and the mean."""
+    if not took:
+        return None
+    if len(took) <= 5:
+        return ", ".join(duration(seconds) for seconds in took)
+    return f"{len(took)} of them, {duration(sum(took) / len(took))} each; the last {duration(took[-1])}"
 
 
 def place_of(wait: "Wait") -> str | None:

@@ -107,6 +107,10 @@ class Progress(TypedDict, total=False):
     tokens_per_second: float | str | None
     gpu_memory_bytes: float | str | None
     gpu_utilization: float | str | None
+    device_memory_bytes: int | None
+    sampled_at: int | None
+    underused_since: int | None
+    epoch_seconds: list[float]
     eta_seconds: int | None
     percent: float
 
