@@ -132,7 +132,7 @@ def _note(held: Held, event: Event) -> None:
     match event:
         case Started():
             held.attempt.details = event.model_dump(mode="json", exclude={"seq", "time", "type"})
-            progress |= {"total_steps": event.total_steps, "attempt": held.attempt.no, "underused_since": None}
+            progress |= {"total_steps": event.total_steps, "attempt": held.attempt.no}
             progress["epoch_clock"] = None  # what lies between two attempts is no training
         case Phase():
             progress["phase"] = event.phase

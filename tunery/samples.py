@@ -41,9 +41,11 @@ def store(session: Session, attempt_id: uuid.UUID, fence: int, sample: Sample, *
     known["sampled_at"] = round(float(now), 3)
     known["gpu_utilization"] = round(sample.utilization, 4)
     known["device_memory_bytes"] = sample.memory_bytes
-    if not sample.low_s:
+    # by number: a trainer's first word may be stored after the first samples
+    if not sample.low_s or known.get("sampled_attempt") != held.attempt.no:
         known["underused_since"] = None
-    elif sample.low_s >= after_s and known.get("underused_since") is None:
+    known["sampled_attempt"] = held.attempt.no
+    if sample.low_s >= after_s and known["underused_since"] is None:
         known["underused_since"] = round(float(now) - sample.low_s, 3)
         events.append(session, held.job, [_alert(sample, below)])
     held.job.progress = known
