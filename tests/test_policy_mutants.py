@@ -94,7 +94,7 @@ def _reclaims_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def _believes_the_order_of_rows(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(reading, "_own_order", lambda job: (not job.urgent, -job.priority))
+    patch.setattr(reading, "_sort", lambda queue: queue.sort(key=lambda job: (not job.urgent, -job.priority)))
 
 
 def _weighs_upside_down(patch: pytest.MonkeyPatch) -> None:

@@ -27,28 +27,28 @@ def all_that_wait(
     """One explanation for each project and shape, and one for each single job that GPUs are kept for."""
     told = _Explainer(world)
     explanations: list[Explanation] = []
-    waits: list[Wait] = []
     names: dict[Kind, str] = {}
-    held = {job_id.int: hold for job_id, hold in holds.items()}  # a UUID's own hash is slow
-    for project_id, queue in sorted(world.queues.items()):
-        longest: dict[Kind, JobView] = {}
-        for job, kind in zip(queue, world.kinds[project_id], strict=True):
-            number = job.id.int
-            if number in held:
-                waits.append(Wait(job.id, _held(held[number])))
-                continue
-            # of one kind, the job with the longest limit has the fewest places: what keeps it out is told
-            other = longest.get(kind)
-            if (other is not None and job.limit_s <= other.limit_s) or number in started:
-                continue
-            longest[kind] = job
+    gone = started | {job_id.int for job_id in holds}
+    for project_id in sorted(world.queues):
         seen = {
             names.get(kind)
             or names.setdefault(kind, shape(job, world.sizes, engines=world.snapshot.settings.engines)): job
-            for kind, job in longest.items()
+            for kind, job in _longest(world, project_id, gone).items()
         }
         explanations += [Explanation(project_id, name, told.reason(job, name)) for name, job in sorted(seen.items())]
-    return tuple(explanations), tuple(waits)
+    return tuple(explanations), tuple(Wait(job_id, _held(hold)) for job_id, hold in sorted(holds.items()))
+
+
+def _longest(world: World, project_id: uuid.UUID, gone: set[int]) -> dict[Kind, JobView]:
+    """Of one kind, the job with the longest limit has the fewest places: what keeps it out is told."""
+    found = world.longest[project_id]
+    if all(job.id.int not in gone for job in found.values()):
+        return found
+    found = {}
+    for job, kind in zip(world.queues[project_id], world.kinds[project_id], strict=True):
+        if job.id.int not in gone and (kind not in found or job.limit_s > found[kind].limit_s):
+            found[kind] = job
+    return found
 
 
 def _held(hold: Hold) -> Reason:

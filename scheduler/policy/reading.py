@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 from operator import attrgetter
 
-from scheduler.policy.parts import Gpu, Node, Occupant, Party
+from scheduler.policy.parts import Gpu, Kind, Node, Occupant, Party
 from scheduler.policy.world import World
 from tunery.contracts.scheduling import Hold, HoldKind, JobView, NodeView, RunningView, Snapshot, Tenant
 
@@ -66,16 +66,32 @@ def _add_tenants(world: World) -> None:
         if organization_id not in world.organizations:
             world.organizations[organization_id] = Party(Tenant(organization_id, organization_id))
     for project_id, queue in world.queues.items():
-        queue.sort(key=attrgetter("queued_at"))
-        ranked = any(job.priority or job.urgent for job in queue)
-        if ranked or any(one.queued_at == other.queued_at for one, other in pairwise(queue)):
-            queue.sort(key=_own_order)
-        world.kinds[project_id] = [world.kind(job) for job in queue]
+        _sort(queue)
+        world.kinds[project_id], world.longest[project_id] = _kinds(world, queue)
         world.projects[project_id].waits = world.organizations[queue[0].organization_id].waits = True
 
 
-def _own_order(job: JobView) -> tuple[bool, int, float, int]:
-    return not job.urgent, -job.priority, job.queued_at, job.id.int
+def _kinds(world: World, queue: list[JobView]) -> tuple[list[Kind], dict[Kind, JobView]]:
+    """Of each job, and of each kind the job with the longest limit."""
+    kinds: list[Kind] = []
+    longest: dict[Kind, JobView] = {}
+    for job in queue:
+        kinds.append(kind := world.kind(job))
+        other = longest.get(kind)
+        if other is None or job.limit_s > other.limit_s:
+            longest[kind] = job
+    return kinds, longest
+
+
+def _sort(queue: list[JobView]) -> None:
+    """Urgent first, then by priority, then the oldest. Sorts are stable, and a plain attribute is a quick key."""
+    queue.sort(key=attrgetter("queued_at"))
+    if any(one.queued_at == other.queued_at for one, other in pairwise(queue)):
+        queue.sort(key=lambda job: (job.queued_at, job.id.int))
+    if any(job.priority for job in queue):
+        queue.sort(key=attrgetter("priority"), reverse=True)
+    if any(job.urgent for job in queue):
+        queue.sort(key=attrgetter("urgent"), reverse=True)
 
 
 def _add_running(world: World) -> None:

@@ -24,6 +24,8 @@ class World:
     """What waits, by project, in the project's own order."""
     kinds: dict[uuid.UUID, list[Kind]] = field(default_factory=dict)
     """Of the same jobs in the same order."""
+    longest: dict[uuid.UUID, dict[Kind, JobView]] = field(default_factory=dict)
+    """By project and kind: the first job with the longest limit."""
     classes: frozenset[str] = frozenset()
     """Of the devices that may take work."""
     reservations: dict[str, Reservation] = field(default_factory=dict)
