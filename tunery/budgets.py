@@ -88,10 +88,10 @@ def put(session: Session, actor: Actor, project: Known, gpu_hours: Decimal | Non
     new = {"monthly_gpu_hours": gpu_hours, "monthly_amount": money, "exhausted_month": None}
     row = insert(Budget).values(project_id=project.id, **new)
     session.execute(row.on_conflict_do_update(index_elements=["project_id"], set_=new | {"updated_at": func.now()}))
-    target = f"{project.organization}:{project.name}"
-    audit.record(
-        session, actor, "project.budget", target, before=_shown(before), after=_shown(_limits(session, project.id))
-    )
+    after = _limits(session, project.id)
+    if before or after:  # the same budget set anew is a decision, too: it unblocks; taking away none is not
+        target = f"{project.organization}:{project.name}"
+        audit.record(session, actor, "project.budget", target, before=_shown(before), after=_shown(after))
 
 
 def hold(session: Session, job: Job) -> None:
