@@ -90,6 +90,19 @@ def test_the_queue_in_a_table_as_json_and_as_ids(
             print(shown.stdout, shown.stderr)
 
 
+def test_a_refused_job_leaves_no_uploaded_file_behind(
+    waiting: list[factories.Work], tunery: Run, tmp_path: Path, database: Database
+) -> None:
+    rows = tmp_path / "train.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 10)
+    with factories.owner(database) as session:
+        before = session.scalar(text("SELECT count(*) FROM files WHERE deleted_at IS NULL"))
+    refused = tunery("jobs", "create", "-m", "tiny", "-t", str(rows), "--node-label", "rack=z")
+    assert refused.returncode == 6 and "No node has the labels rack=z." in refused.stderr
+    with factories.owner(database) as session:
+        assert session.scalar(text("SELECT count(*) FROM files WHERE deleted_at IS NULL")) == before
+
+
 def test_why_has_the_sentence_the_place_the_start_and_what_would_help(
     waiting: list[factories.Work], forecaster: Forecaster, tunery: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """`jobs create`: from flags, files and a recipe to one request."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -141,6 +142,9 @@ def request_of(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _submit(api: "Client", body: dict[str, Any], local: dict[str, Path]) -> "Job":
+    """A job that is refused leaves no uploaded file behind."""
+    from tunery.client.errors import APIError, TuneryError
+
     if local:
         api.model(body["model"])  # a name that does not exist should not leave an uploaded file behind
     uploaded: dict[Path, str] = {}
@@ -151,7 +155,14 @@ def _submit(api: "Client", body: dict[str, Any], local: dict[str, Path]) -> "Job
             body[name] = uploaded[path]
         elif name in body:
             body[name] = refs.file(api, body[name])["id"]
-    return api.create_job(body)
+    try:
+        return api.create_job(body)
+    except APIError as refused:
+        if refused.status < 500:  # else it may have been accepted
+            for sent in uploaded.values():
+                with contextlib.suppress(TuneryError):
+                    api.delete_file(sent)
+        raise
 
 
 def _follow_or_leave(api: "Client", job: "Job", *, wait: bool, watch: bool, as_json: bool, quiet: bool) -> None:
