@@ -106,7 +106,7 @@ def test_shares_are_set_shown_and_written_down(tunery: Run, project: Tenant) -> 
     told = json.loads(changed.stdout)
     assert (told["weight"], told["cap"], told["max_running_jobs"]) == (2, 16, 8)
     shown = dict(line.split(maxsplit=1) for line in tunery("project", "show").stdout.splitlines())
-    assert (shown["weight"], shown["cap"]) == ("2", "16")
+    assert (shown["weight"], shown["cap"]) == ("2", "16 GPUs")
     assert json.loads(tunery("project", "set", wire_id, "--no-cap", "--json").stdout)["cap"] is None
     assert tunery("project", "set", wire_id).returncode == 2
     assert wire_id in tunery("project", "list", "-q").stdout

@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.text import Text
 
 from tests.test_cli_server import event, job, progress
-from tunery.cli import show
+from tunery.cli import failures, show
+from tunery.cli.failures import Exit, Failure
 from tunery.cli.job_follow import seconds
 from tunery.cli.show import ago, duration, number, parameters, rate, size
 from tunery.cli.terminal import clean
@@ -77,11 +78,31 @@ def test_notes_stand_below_their_rows(narrow: None, capsys: pytest.CaptureFixtur
     assert [line[:12] for line in out[2::2]] == ["    because ", "    so"] and len(out[2]) == 60
 
 
+def test_a_reason_that_several_rows_share_is_said_once(narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("job-" + "x" * 30, "?", why * 30) for why in ("a ", "a ", "b ")]
+    show.last_below(("JOB", "STARTS IN", "WHY"), rows)
+    out, err = capsys.readouterr()
+    assert [line[:5] for line in out.splitlines()] == ["JOB  ", "job-x", "    a", "job-x", "job-x", "    b"]
+    assert "the same as above" in err
+
+
 def test_long_values_go_on_below_themselves(narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
     show.fields([("why", "needs this; " * 8), ("id", "x" * 70)])
     first, second, third = capsys.readouterr().out.splitlines()
     assert first.startswith("why  needs this;") and second.startswith("     ") and len(first) <= 60
     assert third == f"id   {'x' * 70}"
+
+
+def test_an_error_is_folded_on_a_terminal_and_keeps_its_lines_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = Failure("word " * 30 + "end", why="because", fix="do it", code="odd", exit_code=Exit.OTHER)
+    failures.explain(long)
+    assert capsys.readouterr().err.splitlines()[0] == f"error: {'word ' * 30}end  [odd]"
+    monkeypatch.setattr(failures, "_room", lambda: 60)
+    failures.explain(long)
+    lines = capsys.readouterr().err.splitlines()
+    assert max(map(len, lines)) <= 60 and lines[0].startswith("error: word") and lines[1].startswith("       word")
 
 
 def test_numbers_read_well() -> None:

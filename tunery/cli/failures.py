@@ -3,6 +3,7 @@
 import errno
 import shutil
 import sys
+import textwrap
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,17 +63,36 @@ class Failure(Exception):
 
 
 def explain(failure: Failure) -> None:
-    width = min(shutil.get_terminal_size((96, 24)).columns, 96)
-    head, tag = f"error: {clean(failure.what)}", f"[{clean(failure.code)}]"
-    gap = max(2, width - len(head) - len(tag))
-    say(f"{paint('error:', 'red', bold=True)}{head[6:]}{' ' * gap}{paint(tag, dim=True)}")
+    room = _room()
+    width, tag = min(room, 96), f"[{clean(failure.code)}]"
+    *before, last = folded(f"error: {clean(failure.what)}", room, "       ")
+    gap, shown = width - len(last) - len(tag), paint(tag, dim=True)
+    last += " " * max(gap, 2) + shown if gap >= 2 or len(last) + 2 + len(tag) <= room else f"\n       {shown}"
+    head = "\n".join([*before, last])
+    say(f"{paint('error:', 'red', bold=True)}{head[6:]}")
     for reason in failure.why[:SHOWN_REASONS]:
-        say(f"  {clean(reason)}")
+        say("\n".join(folded(f"  {clean(reason)}", room, "  ")))
     if len(failure.why) > SHOWN_REASONS:
         say(f"  and {len(failure.why) - SHOWN_REASONS:,} more")
-    say(f"{paint('fix:', 'green')}   {clean(failure.fix)}")
-    asked = f"     {failure.reference}: {clean(failure.request_id)}" if failure.request_id else ""
-    say(paint(f"docs:  {clean(failure.docs)}{asked}", dim=True))
+    fix = "\n".join(folded(f"fix:   {clean(failure.fix)}", room, "       "))
+    say(f"{paint('fix:', 'green')}{fix[4:]}")
+    docs, asked = f"docs:  {clean(failure.docs)}", f"{failure.reference}: {clean(failure.request_id)}"
+    if failure.request_id:
+        docs += f"     {asked}" if len(docs) + 5 + len(asked) <= room else f"\n       {asked}"
+    say(paint(docs, dim=True))
+
+
+def _room() -> int:
+    """Columns of the terminal; elsewhere lines are as long as they are."""
+    return shutil.get_terminal_size((96, 24)).columns if sys.stderr.isatty() else 10_000
+
+
+def folded(text: str, room: int, indent: str) -> list[str]:
+    """Lines of a text that is too long, the later ones indented. Nothing of it is lost, and no word is broken."""
+    if len(text) <= room:
+        return [text]
+    options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": indent}
+    return textwrap.wrap(text, max(room, 40), drop_whitespace=True, **options)
 
 
 @contextmanager
@@ -192,6 +212,7 @@ def _reasons(error: "APIError") -> list[str]:
         401: "the server did not accept the key",
         403: "the key is good, but may not do this",
         404: "it does not exist, or belongs to another project",
+        429: "a limit is reached; nothing was submitted",
     }
     if error.param:
         return [f"parameter: {error.param}"]

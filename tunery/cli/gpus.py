@@ -119,3 +119,5 @@ def set_class(
         done(text)
     else:
         say(f"{text}, {found.get('devices')} GPUs")
+    if not found.get("devices"):
+        say("  no node has GPUs of this class yet; tunery gpus classes lists them all")

@@ -273,7 +273,10 @@ def why(job: JobRef, as_json: Json = False) -> None:
         ("place", place_of(wait)),
         (
             "starts",
-            starts_in(wait.get("estimated_start")) or _unknown((wait.get("reason") or {}).get("code")),
+            starts_in(wait.get("estimated_start"))
+            or unknown(
+                (wait.get("reason") or {}).get("code"), "not known yet: the scheduler forecasts every half minute"
+            ),
         ),
         ("asked for", asked_of(found)),
         ("time limit", duration(limit) if limit else None),
@@ -284,10 +287,11 @@ def why(job: JobRef, as_json: Json = False) -> None:
         data("\n".join([f"  - {first}", *(f"    {line}" for line in rest)]))
 
 
-def _unknown(code: str | None) -> str:
+def unknown(code: str | None, otherwise: str) -> str:
+    """When it starts, where no time is told."""
     if code in ("too_large", "no_such_place", "no_node", "unavailable", "blocked"):
         return "not before that changes"
-    return "not known yet: the scheduler forecasts every half minute"
+    return otherwise
 
 
 @app.command("priority")

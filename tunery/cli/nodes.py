@@ -139,9 +139,8 @@ def cordon(node: NodeRef, as_json: Json = False) -> None:
     """Assign nothing more to a machine; what runs there goes on."""
     found = config.client().cordon_node(node)
     left = found.get("attempts", 0)
-    _told(
-        found, f"{found.get('name')} takes no new jobs; {_jobs(left)} there {'goes' if left == 1 else 'go'} on", as_json
-    )
+    rest = f"{_jobs(left)} there {'goes' if left == 1 else 'go'} on" if left else "nothing runs there"
+    _told(found, f"{found.get('name')} takes no new jobs; {rest}", as_json)
 
 
 @app.command("drain")

@@ -86,7 +86,10 @@ def _show_project(found: "Project", as_json: bool) -> None:
             *_share(found),
             ("jobs at once", "no limit" if limit is None else limit),
             ("blocked", found.get("blocked")),
-            ("cluster", f"{cluster.get('total', 0):g} in all, {cluster.get('guaranteed', 0):g} guaranteed"),
+            (
+                "cluster",
+                f"{_gpus(cluster.get('total', 0))} in all, {cluster.get('guaranteed', 0):g} of them guaranteed",
+            ),
         ]
     )
     if cluster.get("total") and cluster.get("guaranteed", 0) > cluster["total"]:
@@ -128,9 +131,14 @@ def _share(found: "Project | Organization") -> list[tuple[str, object]]:
     cap = found.get("cap")
     return [
         ("weight", f"{found.get('weight', 1):g}"),
-        ("guarantee", f"{found.get('guarantee', 0):g}"),
-        ("cap", "none" if cap is None else f"{cap:g}"),
+        ("guarantee", _gpus(found.get("guarantee", 0))),
+        ("cap", "none" if cap is None else _gpus(cap)),
     ]
+
+
+def _gpus(rate: float) -> str:
+    """Of cost 1; one of a class with cost 2 counts twice."""
+    return f"{rate:g} GPU{'' if rate == 1 else 's'}"
 
 
 def audit(
@@ -142,8 +150,8 @@ def audit(
 ) -> None:
     """Show what admins changed: who, what, from what to what. Needs a key with the scope admin."""
     rows = take(config.client().audit(target=target), limit, everything)
-    headers = ("WHEN", "ACTION", "TARGET", "CHANGE", "KEY")
-    listing(rows, headers, _entry, "nothing has been changed", as_json=as_json, quiet=quiet)
+    headers = ("WHEN", "ACTION", "KEY", "TARGET", "CHANGE")
+    listing(rows, headers, _entry, "nothing has been changed", as_json=as_json, quiet=quiet, below=True)
 
 
 def _entry(one: "AuditEntry") -> tuple[object, ...]:
@@ -154,7 +162,7 @@ def _entry(one: "AuditEntry") -> tuple[object, ...]:
         if name not in before or before[name] != after.get(name)
     ]
     key = (one.get("key") or {}).get("name")
-    return date(one.get("created_at")), one.get("action"), one.get("target"), one_line(", ".join(changes)), key
+    return date(one.get("created_at")), one.get("action"), key, one.get("target"), one_line(", ".join(changes), 300)
 
 
 def _value(value: Any) -> str:

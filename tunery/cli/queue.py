@@ -11,10 +11,10 @@ import typer
 from tunery.cli import config, refs
 from tunery.cli.job_create import create, request_of
 from tunery.cli.job_estimate import counted
-from tunery.cli.jobs import about, asks, place_of, starts_in
+from tunery.cli.jobs import about, asks, place_of, starts_in, unknown
 from tunery.cli.options import Json, Quiet
-from tunery.cli.show import duration, fields, money, size, table
-from tunery.cli.terminal import console, data, json_out, say
+from tunery.cli.show import duration, fields, last_below, money, size
+from tunery.cli.terminal import data, json_out, say
 
 if TYPE_CHECKING:
     from tunery.client.shapes import Queue, QueuedJob, QueueSimulation, StartTimes
@@ -25,7 +25,6 @@ app = typer.Typer(
     add_completion=False,
     invoke_without_command=True,
 )
-_LEAST_WHY = 60
 _AHEAD = re.compile(r"; \d+ jobs? of (your project|other projects)( and \d+ of other projects)? (is|are) ahead$")
 _SUBMITTING = ("wait", "watch", "detach", "dry_run", "quiet")
 
@@ -45,18 +44,8 @@ def show_queue(context: typer.Context, as_json: Json = False, quiet: Quiet = Fal
             data(job["id"])
         return
     if rows:
-        _table(rows)
+        last_below(("JOB", "POS", "STARTS IN", "ASKS", "WHY"), [_row(job) for job in rows], right=("POS",))
     say(_sum(found, len(rows)))
-
-
-def _table(rows: "list[QueuedJob]") -> None:
-    """The reason is what people came for: where it has no room beside the rest, it stands below."""
-    headers, cells = ("JOB", "POS", "STARTS IN", "ASKS", "WHY"), [_row(job) for job in rows]
-    wide = sum(max(len(row[place]) for row in (headers, *cells)) for place in range(4)) + 4 * 2
-    if console().width - wide >= min(_LEAST_WHY, max(len(row[-1]) for row in cells)):
-        table(headers, cells, right=("POS",))
-    else:
-        table(headers[:-1], [row[:-1] for row in cells], right=("POS",), notes=[row[-1] for row in cells])
 
 
 def _row(job: "QueuedJob") -> tuple[str, ...]:
@@ -132,18 +121,16 @@ def _about(found: "QueueSimulation") -> list[tuple[str, object]]:
     amount = cost.get("amount")
     place = place_of({"position": found.get("position"), "jobs_ahead": found.get("jobs_ahead") or {}})
     return [
-        ("starts", starts_in(found.get("starts_in"), 0) or _unknown(reason.get("code"))),
+        (
+            "starts",
+            starts_in(found.get("starts_in"), 0) or unknown(reason.get("code"), "not within what was looked at"),
+        ),
         ("place", place),
         ("waits", reason.get("message")),
         ("memory", f"{size(found.get('gpu_bytes'))} on each GPU"),
         ("runs", f"about {duration(cost.get('hours', 0) * 3600)}, stopped after {duration(found.get('limit_s'))}"),
         ("cost", money(amount) if amount is not None else None),
     ]
-
-
-def _unknown(code: str | None) -> str:
-    never = "never here as it is: no node could run it"
-    return never if code in ("too_large", "no_such_place") else "not within what was looked at"
 
 
 def _with_options_of(command: Callable[..., None], without: tuple[str, ...]) -> inspect.Signature:

@@ -4,6 +4,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 from tunery.cli import terminal
@@ -43,6 +44,8 @@ WHOLE = ("ID", "STATE", "STATUS", "VERSION", "POS", "STARTS IN")
 _LEAST, _ID = 8, 33
 """A column is cut to so many letters, and the first one, which holds an id or a name, to an id's length."""
 _GAP = 2
+_READABLE = 60
+"""So much of a sentence has to be seen."""
 
 
 def table(
@@ -54,7 +57,7 @@ def table(
 ) -> None:
     """Aligned columns. Where they do not fit, long texts are cut, then columns are left out from the right, and named.
 
-    `notes`: a line below each row, cut where it has to be; there are as many as rows, or none.
+    `notes`: a line below each row that has one, cut where it has to be; there are as many as rows, or none.
     """
     from rich.cells import cell_len
 
@@ -69,10 +72,27 @@ def table(
     terminal.data(_line(headers, headers, widths, right, header=True))
     for number, row in enumerate(cells):
         terminal.data(_line(headers, row, widths, right))
-        if notes:
+        if notes and notes[number]:
             terminal.data(terminal.paint(f"    {terminal.one_line(notes[number], room - 4)}", dim=True, out=True))
     if left_out := [head for head in headers[len(widths) :] if head]:
         say(f"no room for {', '.join(left_out)}: --json has everything, and so has a wider terminal")
+
+
+def last_below(headers: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[str] = ()) -> None:
+    """A table whose last column is what people came for: where it has no room beside the rest, it stands below.
+
+    There it is said once where it is the same for several rows in a row.
+    """
+    cells = [[_flat(cell) for cell in row] for row in (headers, *rows)]
+    widths = [max(len(row[place]) for row in cells) for place in range(len(headers))]
+    if console().width - sum(widths[:-1]) - _GAP * (len(headers) - 1) >= min(_READABLE, widths[-1]):
+        table(headers, rows, right=right)
+        return
+    told = [row[-1] for row in cells]
+    notes = [note if note != before else "" for before, note in pairwise(told)]
+    table(headers[:-1], [row[:-1] for row in rows], right=right, notes=notes)
+    if not all(notes):
+        say("nothing below a line: the same as above it")
 
 
 def _fitted(natural: Sequence[int], least: Sequence[int], room: int) -> list[int]:
@@ -235,14 +255,15 @@ def listing(
     right: Sequence[str] = (),
     as_json: bool,
     quiet: bool,
+    below: bool = False,
 ) -> None:
-    """What every `list` command prints: the API's objects, ids alone, a table, or how to start."""
+    """What every `list` command prints: the API's objects, ids alone, a table, or how to start. `below`: see there."""
     if as_json:
         json_out(rows)
     elif quiet:
         for one in rows:
             data(one["id"])
     elif rows:
-        table(headers, [row(one) for one in rows], right=right)
+        (last_below if below else table)(headers, [row(one) for one in rows], right=right)
     else:
         say(empty)

@@ -8,8 +8,8 @@ import typer
 from tunery.cli import config
 from tunery.cli.failures import Exit, Failure
 from tunery.cli.options import Json, group
-from tunery.cli.show import date, duration, table
-from tunery.cli.terminal import data, done, json_out, paint, say
+from tunery.cli.show import date, duration, table, wrapped
+from tunery.cli.terminal import console, data, done, json_out, paint, say
 
 _BAR = 30
 _SPLIT = ("loading_seconds", "productive_seconds", "user_fault_seconds", "platform_fault_seconds")
@@ -88,15 +88,15 @@ def set_budget(
     if as_json:
         json_out(found)
         return
-    done(f"budget of {found['project_id']} is set; it counts from the first of {found['month']} on")
-    _show(found)
+    done(f"budget of {project} is set; what was used since {found['month']}-01 counts")
+    _show(found, anew=True)
 
 
 @app.command("clear")
 def clear(project: ProjectRef) -> None:
     """Take a project's budget away (scope admin)."""
-    found = config.client().delete_budget(project)
-    done(f"{found['project_id']} has no budget")
+    config.client().delete_budget(project)
+    done(f"{project} has no budget")
 
 
 def _row(name: str, used: dict[str, Any]) -> tuple[object, ...]:
@@ -104,7 +104,7 @@ def _row(name: str, used: dict[str, Any]) -> tuple[object, ...]:
     return name, duration(used["gpu_seconds"]), *split, duration(used["charged_gpu_seconds"]), _money(used["amount"])
 
 
-def _show(budget: dict[str, Any]) -> None:
+def _show(budget: dict[str, Any], *, anew: bool = False) -> None:
     measures = [("GPU-hours", budget["gpu_hours"]), ("amount", budget["amount"])]
     limited = [(name, measure) for name, measure in measures if measure["limit"] is not None]
     if not limited:
@@ -116,8 +116,11 @@ def _show(budget: dict[str, Any]) -> None:
         kind = "GPU-hours" if alert["kind"] == "gpu_hours" else "amount"
         text = f"{alert['threshold']} % of {alert['limit']:g} {kind} was passed on {date(alert['at'])}"
         data(f"{'alert':<10} {paint(text, 'red' if alert['threshold'] >= 100 else 'yellow', out=True)}")
-    if blocked := budget["blocked"]:
-        data(f"{'blocked':<10} {paint(blocked, 'red', out=True)}")
+    if (blocked := budget["blocked"]) and anew and all(one["used"] < one["limit"] for _, one in limited):
+        say("it was used up before; its jobs start again within seconds")
+    elif blocked:
+        first, *rest = wrapped(blocked, max(console().width - 11, 40))
+        data("\n".join([f"{'blocked':<10} {paint(first, 'red', out=True)}", *(f"{'':<10} {line}" for line in rest)]))
     if any(measure["held"] for _, measure in limited):
         say(f"held: what unfinished jobs ({budget['holding_jobs']}) are still expected to use")
 
@@ -140,7 +143,8 @@ def _words(measure: dict[str, Any]) -> str:
 
 
 def _plain(value: float) -> str:
-    return f"{value:,.2f}".rstrip("0").rstrip(".")
+    """As many digits behind the point as say something."""
+    return f"{value:,.{2 if value >= 1 else 4}f}".rstrip("0").rstrip(".")
 
 
 def _money(amount: float | None) -> str | None:
