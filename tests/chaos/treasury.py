@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SLIVER_H = 0.0005
 """GPU-hours: jobs that run use it up within a second or two."""
+_PATIENCE = 1000
 _CLOCK = text("SELECT extract(epoch FROM clock_timestamp())")
 _SEEN_BLOCKED = text(
     "SELECT extract(epoch FROM clock_timestamp()) FROM projects WHERE id = :id AND blocked IS NOT NULL"
@@ -81,7 +82,8 @@ class Treasury:
             look.join(20)  # it has to write down what it saw before the order changes that
         with self._lock:
             self._sent.add(id(lifted))
-        self._workload.order("DELETE", f"/projects/{ids.encode(ids.PROJECT, project_id)}/budget")
+        # until it takes: nobody else would, and the project would wait for next month
+        self._workload.order("DELETE", f"/projects/{ids.encode(ids.PROJECT, project_id)}/budget", tries=_PATIENCE)
         with self._lock:
             self._low.pop(project_id, None)
 
