@@ -11,13 +11,15 @@ from tunery.jobs import Job
 from tunery.states import JobState
 
 
-def told(session: Session, project_id: uuid.UUID, rows: Sequence[Job]) -> Told:
-    """Nothing is read for a page on which no job waits."""
+def told(session: Session, project_id: uuid.UUID, rows: Sequence[Job], *, first: bool = False) -> Told:
+    """Nothing is read for a page on which no job waits. `first`: they are the first of the queue, in its order."""
     waiting = [row.id for row in rows if row.state == JobState.QUEUED]
     if not waiting:
         return Told()
     return Told(
         jobs.queue_view(session, project_id),
         forecasts.of_project(session, project_id),
-        jobs.queue_ranks(session, project_id, waiting),
+        {job_id: rank for rank, job_id in enumerate(waiting, 1)}
+        if first
+        else jobs.queue_ranks(session, project_id, waiting),
     )

@@ -226,6 +226,42 @@ def test_what_was_never_claimed_costs_nothing(
         assert ledger.of_jobs(session, project.project_id, [work.job_id]) == {}
 
 
+def test_a_months_total_is_the_sum_of_its_rows_whatever_becomes_of_them(
+    database: Database, project: Tenant, nodes: list[FleetNode], base_model: str
+) -> None:
+    def totals() -> dict[date, tuple[float, float]]:
+        with factories.owner(database) as session:
+            query = "SELECT month, charged_s, amount FROM usage_totals WHERE project_id = :id AND abs(charged_s) > 1e-6"
+            found = session.execute(text(query), {"id": project.project_id}).all()
+        return {row.month: (pytest.approx(row.charged_s), pytest.approx(float(row.amount))) for row in found}
+
+    def charged(month: date) -> tuple[float, float]:
+        with project.transaction() as session:
+            rows = ledger.total(list(ledger.by_class(session, project.project_id, month).values()))
+            quick = ledger.charged(session, project.project_id, month)
+        assert (quick.seconds, float(quick.amount)) == pytest.approx((rows.charged_s, float(rows.amount or 0)))
+        return rows.charged_s, float(rows.amount or 0)
+
+    with project.transaction() as session:
+        now = ledger.this_month(session)
+    lived(project, nodes, Life(HOUR, 60, (), "succeeded", None, 3, None, Decimal("2.5")))
+    work = lived(project, nodes, Life(HOUR, 60, (1800,), "preempted", None, 1, 0.5, Decimal("2.5")))
+    assert totals() == {now: charged(now)} and charged(now)[0] > 3 * HOUR
+    with factories.owner(database) as session, session.begin():
+        moved = "UPDATE usage SET created_at = '2025-12-31 23:59:59+00', platform_fault_s = 0 WHERE job_id = :job"
+        session.execute(text(moved), {"job": work.job_id})
+    december = date(2025, 12, 1)
+    assert totals() == {now: charged(now), december: charged(december)}
+    assert charged(december)[0] == pytest.approx(HOUR / 2, abs=1)
+    running = claimed(project, nodes, life := Life(HOUR, 60, (), "running", None, 1, None, Decimal(1)))
+    with one_moment(project) as session:
+        lay(session, running, life)
+    charged(now)  # what runs is in it
+    with factories.owner(database) as session, session.begin():
+        session.execute(text("DELETE FROM usage WHERE job_id = :job"), {"job": work.job_id})
+    assert december not in totals()
+
+
 def test_what_is_lost_after_its_gpus_went_back_is_refunded(
     database: Database, project: Tenant, node: FleetNode, base_model: str
 ) -> None:

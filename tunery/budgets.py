@@ -182,13 +182,12 @@ def look(session: Session, project_id: uuid.UUID | None = None) -> list[Seen]:
         WHERE (b.monthly_gpu_hours IS NOT NULL OR b.monthly_amount IS NOT NULL OR starts_with(p.blocked, :ours))
           AND (CAST(:one AS uuid) IS NULL OR p.id = :one)),
       lines AS (
-        SELECT u.project_id, (u.gpu_seconds - u.platform_fault_s) * u.share AS charged_s, u.price_per_hour
-        FROM wanted w JOIN usage u ON u.project_id = w.id, m WHERE u.created_at >= m.start
+        SELECT t.project_id, t.charged_s, t.amount FROM usage_totals t, m WHERE t.month = m.start::date
         UNION ALL
-        SELECT l.project_id, (l.gpu_seconds - l.platform_fault_s) * l.share, l.price_per_hour FROM live_usage(:one) l),
+        SELECT l.project_id, s.charged_s, s.charged_s::numeric / 3600 * l.price_per_hour
+        FROM live_usage(:one) l, LATERAL (SELECT (l.gpu_seconds - l.platform_fault_s) * l.share AS charged_s) s),
       sums AS (
-        SELECT project_id, sum(charged_s) / 3600 AS hours, sum(charged_s / 3600 * price_per_hour) AS money
-        FROM lines GROUP BY project_id)
+        SELECT project_id, sum(charged_s) / 3600 AS hours, sum(amount) AS money FROM lines GROUP BY project_id)
       SELECT w.*, m.start::date AS month, coalesce(s.hours, 0) AS hours, coalesce(s.money, 0) AS money,
         ARRAY(SELECT threshold FROM budget_alerts a WHERE a.project_id = w.id AND a.month = m.start::date) AS told
       FROM wanted w CROSS JOIN m LEFT JOIN sums s ON s.project_id = w.id ORDER BY w.id"""
@@ -265,12 +264,12 @@ def _tell(session: Session, seen: Seen, threshold: int) -> bool:
 
 def _sums(session: Session, project_id: uuid.UUID, month: date) -> tuple[Amounts, Amounts, int]:
     """Used this month, still held by unfinished jobs, and how many of them hold anything."""
-    spent = ledger.total(list(ledger.by_class(session, project_id, month).values()))
+    spent = ledger.charged(session, project_id, month)
     holds = list(session.scalars(select(UsageHold).where(UsageHold.project_id == project_id)))
     done = ledger.of_jobs(session, project_id, [one.job_id for one in holds])
     rest = [max(0.0, one.gpu_seconds - done.get(one.job_id, ledger.Used()).charged_s) / 3600 for one in holds]
     money = sum(hours * float(one.price_per_hour or 0) for hours, one in zip(rest, holds, strict=True))
-    used = Amounts(spent.charged_s / 3600, float(spent.amount or 0))
+    used = Amounts(spent.seconds / 3600, float(spent.amount))
     return used, Amounts(sum(rest), money), sum(hours > 0 for hours in rest)
 
 

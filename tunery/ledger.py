@@ -112,6 +112,25 @@ def total(parts: Sequence[Used]) -> Used:
     return Used(**seconds, amount=sum(priced, Decimal()) if priced else None)
 
 
+@dataclass(frozen=True)
+class Charged:
+    seconds: float
+    amount: Decimal
+
+
+def charged(session: Session, project_id: uuid.UUID, start: date) -> Charged:
+    """A month of one project in one figure, however many rows it has; what runs now is in it, so far."""
+    query = """
+      SELECT coalesce(sum(charged_s), 0) AS seconds, coalesce(sum(amount), 0) AS amount FROM (
+        SELECT charged_s, amount FROM usage_totals WHERE project_id = :project AND month = :start
+        UNION ALL
+        SELECT s.charged_s, s.charged_s::numeric / 3600 * l.price_per_hour FROM live_usage(:project) l,
+          LATERAL (SELECT (l.gpu_seconds - l.platform_fault_s) * l.share AS charged_s) s
+        WHERE :start = date_trunc('month', now())) lines"""
+    row = session.execute(text(query), {"project": project_id, "start": start}).one()
+    return Charged(float(row.seconds), Decimal(row.amount))
+
+
 def lines(session: Session, project_id: uuid.UUID, start: date) -> list[Line]:
     """A month of one project, in the order in which attempts ended; those that run come last."""
     query = f"SELECT * FROM ({_MONTH}) lines ORDER BY running, at, attempt_id, gpu_id"

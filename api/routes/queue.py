@@ -29,7 +29,7 @@ def retrieve_queue(
     Other projects' jobs are counted, never named.
     """
     rows = jobs.waiting_jobs(session, tenant.project_id, limit or MAX_JOBS)
-    return shown(queue_info.counts(session), rows, waits.told(session, tenant.project_id, rows))
+    return shown(queue_info.counts(session), rows, waits.told(session, tenant.project_id, rows, first=True))
 
 
 @router.post("/simulate", responses=problems(400, 404, 429, 503))

@@ -22,7 +22,7 @@ from tunery.models.fleet import (
     Task,
     Usage,
 )
-from tunery.models.money import Budget, BudgetAlert, UsageHold
+from tunery.models.money import Budget, BudgetAlert, UsageHold, UsageTotal
 from tunery.models.registry import (
     RESUMABLE,
     Adapter,
@@ -75,4 +75,5 @@ __all__ = [
     "Task",
     "Usage",
     "UsageHold",
+    "UsageTotal",
 ]

@@ -47,6 +47,17 @@ class BudgetAlert(Base):
     created_at: Mapped[Created]
 
 
+class UsageTotal(Base):
+    """What a project was charged in a month (UTC): the sum of its rows in `usage`, kept by triggers there."""
+
+    __tablename__ = "usage_totals"
+
+    project_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    month: Mapped[date] = mapped_column(primary_key=True)
+    charged_s: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    amount: Mapped[Decimal] = mapped_column(Numeric(), default=Decimal(), server_default="0")
+
+
 class UsageHold(Base):
     """What an accepted job is expected to use, attempts all together; gone once the job has ended."""
 

@@ -206,6 +206,16 @@ class Job(Base):
         CheckConstraint("limit_s > 0 AND coalesce(time_limit_s, 1) > 0", name="limits_positive"),
         Index("ix_jobs_project", "project_id", "id"),
         Index("ix_jobs_changed", "changed_in"),
+        Index(
+            "ix_jobs_waiting",
+            "project_id",
+            text("urgent DESC"),
+            text("priority DESC"),
+            "queued_at",
+            "id",
+            postgresql_where=text("state = 'queued'"),
+        ),
+        Index("ix_jobs_waiting_class", "gpu_class", "project_id", postgresql_where=text("state = 'queued'")),
         Index("ix_jobs_open", "state", "queued_at", postgresql_where=text(f"state NOT IN ({_TERMINAL_SQL})")),
     )
 
