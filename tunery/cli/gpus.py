@@ -34,16 +34,13 @@ def list_gpus(
     if context.invoked_subcommand is not None:
         return
     everything = sorted(config.client().gpus(), key=lambda one: (one.get("node") or "", one.get("index") or 0))
-    rows = [
-        one
-        for one in everything
-        if gpu_class in (None, one.get("gpu_class")) and (not free or one.get("state") == "free")
-    ]
+    asked = [one for one in everything if gpu_class in (None, one.get("gpu_class"))]
+    rows = [one for one in asked if not free or one.get("state") == "free"]
     headers = ("NODE", "GPU", "CLASS", "STATE", "MEMORY", "", "JOBS", "YOURS")
     empty = "no GPUs\n  nodes bring them:  tunery nodes" if not everything else "none of the GPUs match"
     listing(rows, headers, _row, empty, right=("GPU", "JOBS"), as_json=as_json, quiet=quiet)
     if rows and not as_json and not quiet:
-        say(_sum(rows))
+        say(_sum(asked))
 
 
 def _row(gpu: "Gpu") -> tuple[object, ...]:

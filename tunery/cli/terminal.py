@@ -42,7 +42,7 @@ def json_line(document: Any) -> None:
 
 def paint(text: str, fg: str | None = None, *, bold: bool = False, dim: bool = False, out: bool = False) -> str:
     """For stderr, or for stdout with `out`; unchanged where that stream is not decorated."""
-    if not decorated(sys.stdout if out else sys.stderr):
+    if not (fg or bold or dim) or not decorated(sys.stdout if out else sys.stderr):
         return text
     return typer.style(text, fg=fg, bold=bold or None, dim=dim or None)
 
