@@ -101,10 +101,12 @@ def worlds(draw: st.DrawFn, least_jobs: int = 1) -> World:
 
 def _node(draw: st.DrawFn, number: int) -> NodeView:
     own = _id(1, number)
-    large, name, cost = draw(st.sampled_from([(80, "h100", 1.0)] * 3 + [(40, "a100", 0.5)]))
+    first = draw(st.sampled_from([(80, "h100", 1.0)] * 3 + [(40, "a100", 0.5)]))
+    others = draw(st.sampled_from([first] * 5 + [(80, "h100", 1.0)]))  # devices of two classes in one node are rare
     devices = tuple(
         GpuView(_id(4, 16 * number + n), own, name, "cuda", large * GIB, large * GIB, name, cost)
         for n in range(draw(st.integers(1, 4)))
+        for large, name, cost in [others if n >= 2 else first]
     )
     labels = draw(st.sampled_from([frozenset(), frozenset({("rack", "b")})]))
     return NodeView(own, f"node-{number}", draw(st.sampled_from([1, 2, 8, 8, 8])), devices, labels)

@@ -281,6 +281,25 @@ def test_a_promise_is_for_a_time_at_which_the_earlier_promises_leave_room():
     assert promised == {first.id: NOW + 2 * HOUR + 120, second.id: NOW + 3 * HOUR + 120}
 
 
+def test_a_promise_in_one_class_is_not_kept_with_devices_of_another():
+    place = node(80, 80, 80, 80)
+    slow = {gpu.id for gpu in place.gpus[2:]}
+    mixed = replace(
+        place, gpus=tuple(replace(gpu, gpu_class="a100" if gpu.id in slow else "h100") for gpu in place.gpus)
+    )
+    fast = [mixed.gpus.index(gpu) for gpu in mixed.gpus if gpu.gpu_class == "h100"]
+    other = [mixed.gpus.index(gpu) for gpu in mixed.gpus if gpu.gpu_class == "a100"]
+    held = [
+        running(mixed, fast[0], project=B, limit_s=2 * HOUR),
+        running(mixed, other[0], project=B, limit_s=9 * HOUR),
+    ]
+    pair, filler = job(1, gpus=2), job(2, limit_s=20 * HOUR, gpu_class="h100")
+    plan = schedule(world([mixed], [pair, filler], held, settings=PolicySettings(preemption=False)))
+    assert not plan.starts
+    (hold,) = plan.holds
+    assert (hold.job_id, hold.gpu_class, hold.promised_at) == (pair.id, "h100", NOW + HOUR + 120)
+
+
 def test_a_held_gang_is_told_so_whatever_others_of_its_kind_ask_for():
     place = node(80, 80)
     held = running(place, 0, project=B)
@@ -418,3 +437,28 @@ def test_a_key_says_nothing_while_engines_are_off():
     assert len(plan.starts) == 1
     assert {code(plan, one) for one in jobs[1:]} == {WaitCode.PROJECT_CAP}
     assert len(plan.explanations) == 1
+
+
+# ---- reasons -----------------------------------------------------------------------------------------------------
+
+
+def test_where_only_dearer_devices_are_free_the_cap_is_told_not_a_reservation():
+    cheap, dear = node(80, gpu_class="a100"), node(80)
+    dear = replace(dear, gpus=tuple(replace(gpu, cost=4.0) for gpu in dear.gpus))
+    held = running(cheap, 0, project=B)
+    plan = schedule(world([cheap, dear], [one := job()], [held], projects=(project(A, cap=2), project(B))))
+    reason = plan.reasons([one])[one.id]
+    assert reason.code is WaitCode.PROJECT_CAP
+    assert dict(reason.numbers) == {"used": 0.0, "cap": 2, "needs": 1.0, "counts": 4.0}
+
+
+def test_a_project_is_told_when_a_place_is_free_for_it_not_for_another_with_limits():
+    cheap, dear = node(80, 80, 80, gpu_class="a100"), node(80)
+    dear = replace(dear, gpus=tuple(replace(gpu, cost=4.0) for gpu in dear.gpus))
+    held = [running(cheap, n, limit_s=6 * HOUR) for n in range(3)]
+    held.append(running(dear, 0, project=B, limit_s=2 * HOUR))
+    limited, free = job(1), job(2, project=B)
+    tenants, calm = (project(A, cap=4), project(B)), PolicySettings(preemption=False)
+    plan = schedule(world([cheap, dear], [limited, free], held, projects=tenants, settings=calm))
+    told = {one: dict(plan.reasons([one])[one.id].numbers)["free_at"] for one in (limited, free)}
+    assert told[limited] - told[free] == 4 * HOUR

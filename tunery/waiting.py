@@ -5,7 +5,7 @@ too_large                       largest (bytes of the largest device), most (dev
 no_such_place                   wanted: "h100-80gb, rack=b"
 unavailable                     nodes, why: "1 cordoned, 2 silent"
 blocked                         why
-project_cap, organization_cap   used, cap: rates
+project_cap, organization_cap   used, cap, needs: rates; counts: that of the devices that are free now
 running_limit                   running, most
 busy                            busy, total, ahead, free_at
 fragmented                      free, most (on one node), free_at
@@ -15,6 +15,7 @@ holds, preempting               by
 behind                          depth, ahead
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -94,11 +95,17 @@ def _cap(whose: str) -> "Sentence":
         if "used" not in numbers or "cap" not in numbers:
             return f"{need}; your {whose} uses all the GPUs that it may use at once"
         used, cap = _amount(numbers["used"]), _amount(numbers["cap"])
-        if not numbers["used"]:
+        if _never_fits(numbers):
             return f"{need}; your {whose} may use {cap} GPUs at once, which is less"
-        return f"{need}; your {whose} uses {used} of the {cap} GPUs that it may use at once"
+        free = f"; the devices that are free count as {_amount(numbers['counts'])}" if "counts" in numbers else ""
+        return f"{need}; your {whose} uses {used} of the {cap} GPUs that it may use at once{free}"
 
     return sentence
+
+
+def _never_fits(numbers: Numbers) -> bool:
+    """It asks for more than the cap, whoever else runs."""
+    return numbers.get("needs", 0) > numbers.get("cap", math.inf)
 
 
 def _running_limit(_need: str, numbers: Numbers) -> str:
@@ -198,7 +205,7 @@ def _elsewhere(_job: JobView, _numbers: Numbers) -> Sequence[str]:
 
 
 def _under_cap(whose: str, numbers: Numbers) -> Sequence[str]:
-    if numbers.get("used") == 0:
+    if _never_fits(numbers):
         return ["An operator has to raise the cap, or the job to ask for fewer GPUs."]
     return [f"It starts as your {whose}'s jobs end; an operator may raise the cap."]
 

@@ -4,7 +4,7 @@ import math
 import uuid
 from collections import Counter
 
-from scheduler.policy.parts import Kind, suits
+from scheduler.policy.parts import Kind, Party, suits
 from scheduler.policy.world import World
 from tunery.contracts.scheduling import (
     Explanation,
@@ -65,8 +65,8 @@ class _Explainer:
     def __init__(self, world: World) -> None:
         self._world = world
         self._never: dict[str, Reason | None] = {}
-        self._places: dict[str, Reason] = {}
-        """What is true of a shape in any project."""
+        self._places: dict[tuple[str, uuid.UUID | None], Reason] = {}
+        """What is true of a shape in any project without limits, and in one that has some."""
 
     def reason(self, job: JobView, name: str) -> Reason:
         world = self._world
@@ -80,15 +80,25 @@ class _Explainer:
         most = project.view.max_running
         if most is not None and project.running >= most:
             return Reason(WaitCode.RUNNING_LIMIT, (("running", project.running), ("most", most)))
-        cost = world.cost(job)
-        for party, code in ((project, WaitCode.PROJECT_CAP), (organization, WaitCode.ORGANIZATION_CAP)):
-            if party.capped(cost):
-                return Reason(code, (("used", round(party.rate, 3)), ("cap", party.view.cap)))
+        if (capped := self._capped(job, project, organization)) is not None:
+            return capped
         if world.place(job) is not None:
             return Reason(WaitCode.BEHIND, (("depth", world.snapshot.settings.depth),))
-        if (found := self._places.get(name)) is None:
-            found = self._places[name] = self._dynamic(job)
+        # when a place is free depends on the limits of whose job it is
+        key = name, job.project_id if project.limited or organization.limited else None
+        if (found := self._places.get(key)) is None:
+            found = self._places[key] = self._dynamic(job)
         return found
+
+    def _capped(self, job: JobView, project: Party, organization: Party) -> Reason | None:
+        """By the cheapest devices that could take it, or, where those are busy, by the cheapest that are free."""
+        needs, counts = self._world.cost(job), self._world.cheapest(job)
+        for cost, more in ((needs, ()), (counts, (("counts", round(counts or 0.0, 3)),))):
+            for party, code in ((project, WaitCode.PROJECT_CAP), (organization, WaitCode.ORGANIZATION_CAP)):
+                if cost is not None and party.capped(cost):
+                    numbers = ("used", round(party.rate, 3)), ("cap", party.view.cap), ("needs", round(needs, 3))
+                    return Reason(code, (*numbers, *more))
+        return None
 
     def _static(self, job: JobView) -> Reason | None:
         """What will not change by waiting for other jobs."""

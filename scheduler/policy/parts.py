@@ -6,9 +6,10 @@ thousand times which of a node's devices are free.
 
 import math
 import uuid
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from tunery.contracts.scheduling import GpuView, JobView, NodeView, RunningView, Tenant
 
@@ -93,11 +94,27 @@ class Party:
     lost: float = 0.0
     """Rate that this pass takes from it."""
     occupants: list[Occupant] = field(default_factory=list)
+    _ends: tuple[list[float], list[float]] | None = None
+    """When its occupants are gone, in order, and the rate that is free again by then."""
 
-    def count(self, rate: float, running: int, gpus: int) -> None:
+    @property
+    def limited(self) -> bool:
+        """It has a cap or a running limit."""
+        return self.view.max_running is not None or not math.isinf(self.view.cap)
+
+    def take(self, one: Occupant, gpus: int) -> None:
+        self.occupants.append(one)
+        self._count(one.rate, 1, gpus)
+
+    def leave(self, one: Occupant, gpus: int) -> None:
+        self.occupants.remove(one)
+        self._count(-one.rate, -1, -gpus)
+
+    def _count(self, rate: float, running: int, gpus: int) -> None:
         self.rate += rate
         self.running += running
         self.gpus += gpus
+        self._ends = None
 
     def score(self, tau_s: float) -> float:
         return (self.service + tau_s * self.rate) / self.view.weight
@@ -110,31 +127,37 @@ class Party:
 
     def room_at(self, cost: float) -> float:
         """When it may take so much more, if everybody runs to the limit; infinity if never."""
-        rate = self.rate
-        if rate + cost <= self.view.cap + EPSILON:
+        if not self.capped(cost):
             return -math.inf
-        for one in sorted(self.occupants, key=lambda one: one.until):
-            rate -= one.rate
-            if rate + cost <= self.view.cap + EPSILON:
-                return one.until
-        return math.inf
+        ends, freed = self._gone()
+        return next(
+            (at for at, rate in zip(ends, freed, strict=True) if self.rate - rate + cost <= self.view.cap + EPSILON),
+            math.inf,
+        )
 
     def turn_at(self) -> float:
         """When fewer of it run than may, if everybody runs to the limit."""
         most = self.view.max_running
         if most is None or self.running < most:
             return -math.inf
-        gone = self.running - most
-        ends = sorted(one.until for one in self.occupants)
+        ends, gone = self._gone()[0], self.running - most
         return ends[gone] if gone < len(ends) and most else math.inf
 
     def running_at(self, at: float) -> int:
         """Then, of what runs now."""
-        return self.running - sum(one.until <= at for one in self.occupants)
+        return self.running - bisect_right(self._gone()[0], at)
 
     def rate_at(self, at: float) -> float:
         """Then, of what runs now."""
-        return self.rate - sum(one.rate for one in self.occupants if one.until <= at)
+        ends, freed = self._gone()
+        gone = bisect_right(ends, at)
+        return self.rate - freed[gone - 1] if gone else self.rate
+
+    def _gone(self) -> tuple[list[float], list[float]]:
+        if self._ends is None:
+            ordered = sorted(self.occupants, key=lambda one: one.until)
+            self._ends = [one.until for one in ordered], list(accumulate(one.rate for one in ordered))
+        return self._ends
 
 
 @dataclass(frozen=True, slots=True)

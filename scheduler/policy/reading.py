@@ -107,8 +107,7 @@ def _add_running(world: World) -> None:
         if not view.ended:
             one.rate = view.rate
             for party in (world.projects[view.project_id], world.organizations[view.organization_id]):
-                party.count(view.rate, 1, len(view.gpu_ids))
-                party.occupants.append(one)
+                party.take(one, len(view.gpu_ids))
     for node in world.nodes.values():
         node.occupants.sort(key=lambda one: one.until)
         known = 0

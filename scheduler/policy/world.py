@@ -93,6 +93,10 @@ class World:
         self._nowhere.add(kind)
         return False
 
+    def cheapest(self, job: JobView) -> float | None:
+        """What a second costs on the cheapest place that is free for it now, caps and reservations apart."""
+        return min((place.rate for _, place in self._places(job)), default=None) if self.fits(job) else None
+
     def cost(self, job: JobView) -> float:
         """Of a second, on the cheapest class that could take it. What shares a device costs less: at least its share
         of the memory of the largest; with an engine that may be there already, nothing is certain."""
@@ -149,7 +153,9 @@ class World:
             return False
         if place.node_id != kept.node_id:
             return True
-        free, slots = self._free_at(self.nodes[kept.node_id], kept.job, kept.at)
+        node = self.nodes[kept.node_id]
+        free, slots = self._free_at(node, kept.job, kept.at)
+        free &= node.classes[kept.gpu_class][1]
         wanted = sum(one.node_id == kept.node_id and self._lasts(one, kept.at) for one in others)
         return (free & ~place.mask).bit_count() >= kept.job.gpus and slots > wanted
 
@@ -161,6 +167,8 @@ class World:
         """Run then, by the limits of its project and organization, beside what still runs and all of these that do:
         two by two they may fit where all of them together do not."""
         for party in self.parties(job):
+            if not party.limited:
+                continue
             near = [
                 one
                 for one in reservations
@@ -218,6 +226,7 @@ class World:
         others = [one for one in self.reservations.values() if one.job.id != job.id] if reserved else []
         taken = {one.gpu_class for one in others}
         moments: dict[float, list[float]] = {}
+        may: dict[tuple[float, float], bool] = {}
         best: tuple[float, int, str] | None = None
         found: Reservation | None = None
         for node in self.nodes.values():
@@ -236,7 +245,9 @@ class World:
                 for at in sorted(ends):
                     if math.isinf(at) or (best is not None and at > best[0]):
                         break
-                    if others and not self._may_from(job, rate, at, others):
+                    if others and (rate, at) not in may:
+                        may[rate, at] = self._may_from(job, rate, at, others)
+                    if others and not may[rate, at]:
                         continue
                     free, slots = self._free_at(node, job, at)
                     slots -= sum(one.node_id == node.view.id and self._lasts(one, at) for one in others)
@@ -258,7 +269,7 @@ class World:
         least = max(self.snapshot.now, parties[0].turn_at(), *(party.room_at(rate) for party in parties))
         if not others:
             return [least]
-        ends = {one.until for party in parties for one in party.occupants}
+        ends = {one.until for party in parties if party.limited for one in party.occupants}
         ends.update(one.at + one.job.limit_s + self.snapshot.settings.grace_s for one in others)
         return [least, *(at for at in sorted(ends) if at > least)]
 
@@ -357,8 +368,7 @@ class World:
         one = Occupant(self.ends_at(job), place.mask, job.project_id, place.rate)
         insort(node.occupants, one, key=lambda other: other.until)
         for party in parties:
-            party.count(place.rate, 1, len(taken))
-            party.occupants.append(one)
+            party.take(one, len(taken))
         ids = tuple(gpu.view.id for gpu in taken)
         return Start(
             job.id,
@@ -382,8 +392,7 @@ class World:
         self._kept_until[job.id] = hold.node_id, one
         node.kept |= mask
         for party in self.parties(job):
-            party.count(one.rate, 1, len(hold.gpu_ids))
-            party.occupants.append(one)
+            party.take(one, len(hold.gpu_ids))
 
     def let_go(self, job_id: uuid.UUID) -> None:
         """The opposite of `keep`."""
@@ -395,8 +404,7 @@ class World:
         self._nowhere.clear()
         _, one = self._kept_until.pop(job_id)
         for party in self.parties(job):
-            party.count(-one.rate, -1, -len(hold.gpu_ids))
-            party.occupants.remove(one)
+            party.leave(one, len(hold.gpu_ids))
 
     def _coming(self, node: Node) -> Iterator[Occupant]:
         """Those for whom devices of the node are kept."""

@@ -211,6 +211,7 @@ _PREEMPT = text(
     WHERE attempts.id = :attempt AND attempts.stop_reason IS NULL
       AND attempts.state IN ('{AttemptState.CLAIMED}', '{AttemptState.RUNNING}')
       AND b.id = :beneficiary AND b.state IN ('{JobState.QUEUED}')
+      AND NOT EXISTS (SELECT FROM projects p WHERE p.id = b.project_id AND p.blocked <> '')
     RETURNING attempts.project_id, attempts.node_id, attempts.traceparent
     """
 )
