@@ -198,7 +198,7 @@ class Fleet:
         own = {"TUNERY_KEY_PEPPER": PEPPER, "TUNERY_API_PORT": self.api_url.rpartition(":")[2]}
         identity = self._s3(self.servers.s3_root.environment(), via)
         started = self._start("api", "", "tunery_api", via, own | identity, more)
-        self.until(lambda: started.poll() is not None or _answers(self.api_url))
+        self.until(lambda: started.poll() is not None or _answers(self.api_url), 60)
         return started
 
     def client(self, *, timeout_s: float = 20, url: str = "") -> httpx.Client:

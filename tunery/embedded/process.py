@@ -107,6 +107,12 @@ class Child:
             process.wait()
         self.process, self.is_ready = None, False
 
+    def renew(self) -> None:
+        """Stop it in order and start it anew; one that cannot be started now is tried again, as after a death."""
+        self.stop()
+        self._wanted = True
+        self._restart()
+
     def kill(self) -> None:
         """At once, for what may be lost."""
         self._wanted = False

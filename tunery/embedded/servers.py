@@ -138,21 +138,17 @@ class Servers:
     def tend(self) -> list[Child]:
         """Look after every child once; those that changed."""
         changed = [child for child in self.children.values() if child.tend()]
-        if self.objects and self._has_room_again():
-            self._start_anew(self.children[self.objects.name])
+        if self.objects and self._has_room_again() and (store := self.children[self.objects.name]).process:
+            # SeaweedFS notices room a minute late, and what failed to write its index while there was none may fail
+            # ever after. A new start cures both; nothing that was acknowledged is lost.
+            store.renew()
+            changed.append(store)
         return changed
 
     def _has_room_again(self) -> bool:
         free, was_full = shutil.disk_usage(self.home.data).free, self._disk_was_full
         self._disk_was_full = free < (ROOM_BYTES if was_full else FULL_BYTES)
         return was_full and not self._disk_was_full
-
-    def _start_anew(self, store: Child) -> None:
-        """SeaweedFS notices room a minute late, and what failed to write its index while there was none may fail
-        ever after. A new start cures both; nothing that was acknowledged is lost."""
-        if store.process is not None:
-            store.stop()
-            store.start()
 
     def stop(self) -> None:
         """Objects, Valkey, Postgres: what others still write to goes last."""

@@ -70,7 +70,7 @@ _LOCK_JOB = text(
     f"""
     SELECT project_id, traceparent, queued_at,
       EXISTS (SELECT FROM projects p WHERE p.id = jobs.project_id AND p.blocked <> '') AS blocked
-    FROM jobs WHERE id = :job AND state = '{JobState.QUEUED}' FOR UPDATE OF jobs
+    FROM jobs WHERE id = :job AND state = '{JobState.QUEUED}' FOR UPDATE OF jobs SKIP LOCKED
     """
 )
 _LOCK_GPUS = text("SELECT count(*) FROM (SELECT 1 FROM gpus WHERE id = ANY(:gpus) ORDER BY id FOR NO KEY UPDATE) l")
@@ -113,13 +113,13 @@ def assign(session: Session, decided: Start) -> uuid.UUID:
     """Make the attempt, its allocations and the message to its node: all of it or nothing.
 
     Raises:
-        NotStarted: the job waits no more, its project is blocked, or the node takes no work.
+        NotStarted: the job waits no more or is being changed, its project is blocked, or the node takes no work.
         NodeFull: the node has no free slot.
         IntegrityError: a GPU has less room than was thought.
     """
     job = session.execute(_LOCK_JOB, {"job": decided.job_id}).one_or_none()
     if job is None:
-        raise NotStarted("the job waits no more")
+        raise NotStarted("the job waits no more, or somebody changes it just now")
     if job.blocked:
         raise NotStarted("its project is blocked by now")
     span = _span(session, decided.job_id, job.traceparent, job.queued_at)
