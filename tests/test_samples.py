@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import pynvml
 import pytest
 from sqlalchemy import text
 
@@ -19,17 +22,17 @@ from tunery import leases, samples
 from tunery.contracts.events import Phase
 from tunery.samples import Sample
 from tunery.states import StopReason
-from worker import processes, sampling
+from worker import inventory, processes, sampling
 from worker.sampling import Reading, Sampler
 
 LIMITS = {"below": 0.3, "after_s": 60.0}
 
 
-def sampler(**settings: float) -> Sampler:
-    """That nobody starts: for what it makes of readings."""
+def sampler(source: Any = None, sessions: Any = None, sample_s: float = 10.0) -> Sampler:
+    """Of one GPU, by itself."""
     work: Any = SimpleNamespace(devices=(("cuda", "GPU-1"),), attempt_id=uuid.uuid4(), fence=1)
-    given: Any = SimpleNamespace(sample_s=10.0, underused_below=0.3, underused_after_s=60.0, **settings)
-    return Sampler(work, None, given, None)  # pyright: ignore[reportArgumentType]
+    given: Any = SimpleNamespace(sample_s=sample_s, underused_below=0.3, underused_after_s=60.0)
+    return Sampler(work, sessions, given, source)
 
 
 def test_an_episode_lasts_until_a_reading_that_is_not_below_the_threshold() -> None:
@@ -93,6 +96,18 @@ def test_an_alert_is_told_once_an_episode(project: Tenant, node: FleetNode, base
     assert store(work, Sample(0.9, 1))["underused_since"] is None
     store(work, Sample(0.1, 1, 70.0, 0.1, "GPU"))
     assert len(alerts(work)) == 2
+
+
+def test_only_what_runs_is_underused(client: httpx.Client, project: Tenant, node: FleetNode, base_model: str) -> None:
+    work = factories.running(project, node)
+    store(work, Sample(0.1, 1, 60.0, 0.1))
+
+    def shown() -> Any:
+        return client.get(f"/v1/fine_tuning/jobs/{work.id}").json()["tunery"]["progress"]["underused_since"]
+
+    assert shown() is not None
+    factories.stop(work, StopReason.PREEMPT)
+    assert shown() is None
 
 
 def test_a_new_attempt_begins_a_new_episode(project: Tenant, node: FleetNode, base_model: str) -> None:
@@ -173,6 +188,106 @@ def test_a_cpu_is_read_off_the_kernel(spun: str) -> None:
     assert seen.memory_bytes > 1_000_000
     assert after.utilization == 0
     assert sampling.Cpu(str(uuid.uuid4()), cores=1).take() is None
+
+
+class Failing:
+    """A source whose looks fail from the second on, so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.looks, self.taken, self._times = 0, threading.Semaphore(0), times
+
+    def look(self) -> None:
+        self.looks += 1
+        if 1 < self.looks <= self._times + 1:
+            raise OSError("the GPU is lost")
+
+    def take(self) -> Reading:
+        self.taken.release()
+        return Reading(0.5, 1)
+
+
+def nobody() -> Any:
+    raise OSError("no database here")
+
+
+def test_a_failed_look_is_a_missing_one() -> None:
+    source = Failing(times=3)
+    one = sampler(source, nobody, sample_s=0.01)
+    one.start()
+    for _ in range(20):
+        assert source.taken.acquire(timeout=60)
+    one.finish()
+    assert source.looks >= 19
+
+
+def test_a_driver_that_fails_on_and_on_is_asked_no_more() -> None:
+    source = Failing(times=1_000_000)
+    one = sampler(source, nobody, sample_s=0.01)
+    one.start()
+    one._thread.join(60)
+    assert not one._thread.is_alive()
+    assert source.looks == 1 + sampling._MOST_FAILED_LOOKS
+
+
+def test_nobody_waits_for_a_sample_that_hangs() -> None:
+    hangs, over = threading.Event(), threading.Event()
+
+    def database() -> Any:
+        hangs.set()
+        over.wait(60)
+        raise OSError("gone")
+
+    one = sampler(Failing(times=0), database, sample_s=0.01)
+    one.start()
+    assert hangs.wait(60)
+    began = time.monotonic()
+    one.finish()
+    assert time.monotonic() - began < 4  # it was five seconds
+    over.set()
+
+
+def test_the_driver_is_opened_where_it_may_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the thread that looks, once: whoever builds the sampler has no keeper yet."""
+    opened: list[int] = []
+    monkeypatch.setattr(inventory, "keep_driver_open", lambda: opened.append(threading.get_ident()))
+    monkeypatch.setattr(inventory, "readings", lambda _: [])
+    work: Any = SimpleNamespace(devices=(("cuda", "GPU-1"),), engine_socket=None)
+    source: Any = sampling.source_of(work, None)  # pyright: ignore[reportArgumentType]
+    assert opened == []
+    looker = threading.Thread(target=lambda: (source.look(), source.look()))
+    looker.start()
+    looker.join(60)
+    assert opened == [looker.ident]
+
+
+def test_a_lost_gpu_is_not_its_neighbours_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver of two GPUs, of which the first does not answer any more."""
+
+    def by_uuid(uuid: str) -> str:
+        if uuid != "GPU-2":
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return uuid
+
+    def lost(_index: int) -> str:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+
+    driver: dict[str, Any] = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 2,
+        "nvmlDeviceGetHandleByIndex": lost,
+        "nvmlDeviceGetHandleByUUID": by_uuid,
+        "nvmlDeviceGetIndex": lambda _: 1,
+        "nvmlDeviceGetUUID": lambda handle: handle,
+        "nvmlDeviceGetName": lambda _: "H100",
+        "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(used=7, total=80),
+        "nvmlDeviceGetUtilizationRates": lambda _: SimpleNamespace(gpu=50),
+    }
+    for name, answer in driver.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    assert inventory.readings(["GPU-2"]) == [inventory.Reading(1, "GPU-2", "H100", 7, 80, 0.5)]
+    with pytest.raises(pynvml.NVMLError):
+        inventory.readings(["GPU-1"])
 
 
 def test_a_job_whose_device_does_little_says_so_end_to_end() -> None:

@@ -34,7 +34,10 @@ class Reading:
 
 
 def readings(uuids: Sequence[str] | None = None) -> list[Reading]:
-    """Of some GPUs, or of all. None where there is no NVIDIA driver."""
+    """Of some GPUs, whatever happens to the others, or of all. None where there is no NVIDIA driver.
+
+    Raises pynvml.NVMLError if one of them does not answer.
+    """
     import pynvml
 
     try:
@@ -42,9 +45,9 @@ def readings(uuids: Sequence[str] | None = None) -> list[Reading]:
     except pynvml.NVMLError:
         return []
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        every = [(index, handle, str(pynvml.nvmlDeviceGetUUID(handle))) for index, handle in enumerate(handles)]
-        return [_reading(*one) for one in every if uuids is None or one[2] in uuids]
+        if uuids is not None:
+            return [_reading(pynvml.nvmlDeviceGetHandleByUUID(uuid)) for uuid in uuids]
+        return [_reading(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(pynvml.nvmlDeviceGetCount())]
     finally:
         pynvml.nvmlShutdown()
 
@@ -57,9 +60,10 @@ def keep_driver_open() -> None:
         pynvml.nvmlInit()
 
 
-def _reading(index: int, handle: Any, uuid: str) -> Reading:
+def _reading(handle: Any) -> Reading:
     import pynvml
 
+    index, uuid = int(pynvml.nvmlDeviceGetIndex(handle)), str(pynvml.nvmlDeviceGetUUID(handle))
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     try:
         busy = int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu) / 100

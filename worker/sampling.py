@@ -27,6 +27,8 @@ from worker.workspace import Work
 log = structlog.get_logger(__name__)
 
 _LOOK_S = 1.0
+_MOST_FAILED_LOOKS = 10
+"""In a row. A driver that fails so often is not asked again."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -55,12 +57,15 @@ class Gpus:
     """As NVML sees whole devices: where attempts share one, all of them together."""
 
     def __init__(self, uuids: Sequence[str]) -> None:
-        inventory.keep_driver_open()
         self._uuids = uuids
+        self._opened = False
         self._busy: list[float] = []
         self._memory = 0
 
     def look(self) -> None:
+        if not self._opened:  # here, on the sampler's thread: a driver may hang
+            inventory.keep_driver_open()
+            self._opened = True
         seen = inventory.readings(self._uuids)
         busy = [one.utilization for one in seen if one.utilization == one.utilization]  # one in MIG mode does not say
         self._memory = sum(one.used_bytes for one in seen)
@@ -135,17 +140,23 @@ class Sampler:
             self._training.set()
 
     def finish(self) -> None:
+        """No sample is begun after this. Does not wait: the one on its way may hang in a driver or a database."""
         self._over.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
 
     def _run(self) -> None:
         assert self._source is not None
         due = time.monotonic() + self._settings.sample_s
+        failed = 0
         try:
             self._source.take()
             while not self._over.wait(min(_LOOK_S, self._settings.sample_s)):
-                self._source.look()
+                try:
+                    self._source.look()
+                    failed = 0
+                except Exception:  # a driver may fail in any way it likes: then this look is missing
+                    failed += 1
+                    if failed == _MOST_FAILED_LOOKS:
+                        raise
                 if time.monotonic() < due:
                     continue
                 due = time.monotonic() + self._settings.sample_s
@@ -153,7 +164,7 @@ class Sampler:
                     self._tell(self.judge(reading, time.monotonic()))
         except Fenced:
             return  # the keeper finds out for itself, and acts
-        except Exception:  # a driver may fail in any way it likes
+        except Exception:
             log.warning("no more samples of this attempt", exc_info=True)
 
     def judge(self, reading: Reading, now: float) -> Sample:
