@@ -188,6 +188,8 @@ def test_a_job_shows_what_its_devices_do_and_how_long_an_epoch_takes(run: Run, s
     shown = run("jobs", "show", "@last").stdout
     assert "12 % busy, 31 GB in use, 1m ago; little to do for 12m" in shown
     assert "1m 20s, 1m 15s" in shown
+    server.jobs = [job(state="queued", progress=mine)]  # by a server that still tells it of a job that waits again
+    assert "little to do" not in run("jobs", "show", "@last").stdout
 
 
 def test_tables_keep_ids_whole_and_have_no_colour(run: Run, server: Server) -> None:

@@ -51,7 +51,8 @@ class ProgressOut(Out):
     """Newest sample: in use on its devices, whoever uses it; on a CPU, what the trainer has resident."""
     sampled_at: int | None
     underused_since: int | None
-    """Its devices have been doing less than the node's threshold since then, and an event `gpu_underused` said so."""
+    """Its devices have been doing less than the node's threshold since then, and an event `gpu_underused` said so; null
+    while nothing runs."""
     epoch_seconds: list[float]
     """Training time of each pass over the rows that is over, in order; what was trained twice counts twice."""
     eta_seconds: int | None
@@ -280,7 +281,7 @@ def _progress(job: Job) -> ProgressOut | None:
         gpu_utilization=said.get("gpu_utilization"),
         device_memory_bytes=said.get("device_memory_bytes"),
         sampled_at=_whole(said.get("sampled_at")),
-        underused_since=_whole(said.get("underused_since")),
+        underused_since=_whole(said.get("underused_since")) if job.state == JobState.RUNNING else None,
         epoch_seconds=said.get("epoch_seconds", []),
         eta_seconds=_eta_s(job, step, total, said.get("seconds_per_step")),
         percent=100 if job.state == JobState.SUCCEEDED else round(min(percent, 100), 1),

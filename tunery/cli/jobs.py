@@ -98,7 +98,7 @@ def _about(job: "Job") -> list[tuple[str, object]]:
         ("phase", progress.get("phase")),
         ("step", step),
         ("losses", ", ".join(known)),
-        ("devices", sample_of(progress, over=bool(job.get("finished_at")))),
+        ("devices", sample_of(progress, running=state_of(job) == "running")),
         ("epochs took", _epochs(progress.get("epoch_seconds") or [])),
         ("model", job.get("model")),
         ("training file", job.get("training_file")),
@@ -117,12 +117,12 @@ def _about(job: "Job") -> list[tuple[str, object]]:
     ]
 
 
-def sample_of(progress: "Progress", *, over: bool = False) -> str | None:
+def sample_of(progress: "Progress", *, running: bool) -> str | None:
     """`87 % busy, 31 GB in use, 12s ago`: the newest sample."""
     busy, used, at = (progress.get(name) for name in ("gpu_utilization", "device_memory_bytes", "sampled_at"))
     if at is None or not isinstance(busy, int | float):
         return None
-    since = None if over else progress.get("underused_since")
+    since = progress.get("underused_since") if running else None
     told = f"; little to do for {duration(time.time() - since)}" if since is not None else ""
     return f"{100 * busy:.0f} % busy, {size(used)} in use, {ago(at)}{told}"
 
