@@ -1,5 +1,5 @@
 """`make test`: every test, in two processes. The state machine waits more than it works: its ten minutes pass beside
-the rest, with servers of its own. Options are pytest's, for both."""
+the rest, with servers of its own. It takes no options: some of the tests are run with `python -m pytest PATH`."""
 
 import subprocess
 import sys
@@ -9,7 +9,12 @@ BESIDE = "tests/chaos/test_machine.py"
 
 
 def main() -> int:
-    pytest = [sys.executable, "-m", "pytest", *sys.argv[1:]]
+    if sys.argv[1:]:
+        sys.stderr.write(
+            "scripts/test.py runs every test and takes no options; for some of them: python -m pytest PATH\n"
+        )
+        return 2
+    pytest = [sys.executable, "-m", "pytest"]
     with tempfile.TemporaryFile() as told:
         beside = subprocess.Popen([*pytest, BESIDE], stdin=subprocess.DEVNULL, stdout=told, stderr=subprocess.STDOUT)
         try:
