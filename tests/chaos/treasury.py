@@ -48,7 +48,7 @@ class Treasury:
         self._low: dict[uuid.UUID, threading.Event] = {}
         """Projects whose budget is low, and what ends the look at each."""
         self._looks: dict[uuid.UUID, threading.Thread] = {}
-        self._sent: set[int] = set()
+        self._sent: set[threading.Event] = set()
         """What was lifted by an order that is on its way: too late to say anything of it."""
         self._lock = threading.Lock()
 
@@ -81,7 +81,7 @@ class Treasury:
         if (look := self._looks.pop(project_id, None)) is not None:
             look.join(20)  # it has to write down what it saw before the order changes that
         with self._lock:
-            self._sent.add(id(lifted))
+            self._sent.add(lifted)
         # until it takes: nobody else would, and the project would wait for next month
         self._workload.order("DELETE", f"/projects/{ids.encode(ids.PROJECT, project_id)}/budget", tries=_PATIENCE)
         with self._lock:
@@ -99,7 +99,7 @@ class Treasury:
             with self._fleet.look() as session:
                 seen = Blocked(project_id, float(since), _now(session), _waiting(session, project_id))
             with self._lock:
-                if id(lifted) not in self._sent:
+                if lifted not in self._sent:
                     self._blocked.append(seen)
 
 

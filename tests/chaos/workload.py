@@ -161,7 +161,10 @@ class Workload:
             self.unknown += 1
             return None
         if "id" not in job:
-            self.over_budget += job["error"]["code"] == "budget_exceeded"
+            if job["error"]["code"] == "budget_exceeded":
+                self.over_budget += 1
+            else:
+                self.refused.append(f"POST /fine_tuning/jobs: 429 {job['error']}")
             return None
         with self._lock:
             self.files[job["id"]], self._key_of[job["id"]] = file["id"], key
@@ -186,7 +189,7 @@ class Workload:
             answer = self._client.request(method, path, **own, **more)
             if answer.is_success or answer.status_code in expected:
                 return answer.json()
-            if answer.status_code not in (503, 429):
+            if answer.status_code != 503:
                 self.refused.append(f"{method} {path}: {answer.status_code} {answer.text[:300]}")
         time.sleep(0.1)
         return None
