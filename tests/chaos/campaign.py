@@ -26,7 +26,7 @@ from sqlalchemy import text
 
 from tests.chaos.deployment import NODES, PRODUCTION, Deployment, end_in_order
 from tests.chaos.evidence import History
-from tests.chaos.history import violations
+from tests.chaos.history import judged_stops, judged_windows, violations
 from tests.chaos.nemesis import Nemesis, deck, summary
 from tests.chaos.workload import Workload
 from tunery import __version__
@@ -73,7 +73,6 @@ def main() -> int:
         nemesis.heal()
         broken += [f"no rest: {each}" for each in deployment.rest(workload, 900 if options.production else 300)]
         history = deployment.history(workload.finish())
-        history.killed = nemesis.killed()
         broken += violations(history) + workload.refused
         report = _report(options, deployment, workload, nemesis, history, broken, time.monotonic() - began)
     finally:
@@ -96,7 +95,7 @@ def _report(
 ) -> dict[str, Any]:
     with deployment.fleet.look() as session:
         again = session.execute(RECOVERIES).all()
-    noticed = history.detections()
+    noticed, windows = history.detections(), judged_windows(history)
     gaps = [float(row.started - row.ended) for row in again]
     states = Counter(job.state for job in history.jobs.values())
     tries = Counter(each.state for each in history.tries)
@@ -111,11 +110,16 @@ def _report(
         "versions": len(history.versions),
         "lost_answers": workload.unknown,
         "budgets": {
+            "ordered": nemesis.treasury.ordered,
             "seen_used_up": len(history.blocked),
+            "judged": len(windows),
             "waited": sum(len(window.said) for window in history.blocked),
+            "waited_judged": sum(len(window.said) for window in windows),
             "refused": workload.over_budget,
         },
         "asked_to_stop": sum(each.asked is not None for each in history.tries),
+        "stops_judged": len(judged_stops(history)),
+        "deaths_allowed_s": history.detection_s,
         "spared": nemesis.spared,
         "detection_s": _spread(noticed),
         "again_s": _spread(gaps),

@@ -4,7 +4,6 @@ As root each node's home is a file system of its own, which can be frozen: a dis
 """
 
 import json
-import random
 import shutil
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from tests.chaos import history, witness
-from tests.chaos.evidence import Blocked, History, Told
+from tests.chaos.evidence import Blocked, History, Hurt, Told
 from tests.chaos.faults import PASS
 from tests.chaos.proxy import Proxy
 from tests.chaos.treasury import books
@@ -139,8 +138,9 @@ class Deployment:
             ]
             self.api_keys = [key for _, key in keys]
             self.projects = [self.fleet.project_id, second.id]
-        self.hurt: list[tuple[float, float]] = []
-        """When something was wrong, in seconds of the clock that all share."""
+        self.hurt: list[Hurt] = []
+        self.killed: dict[uuid.UUID, float] = {}
+        """Attempts whose trainer or supervisor was killed, and when it was first."""
         self.blocked: list[Blocked] = []
         for program in self.programs.values():
             program.start()
@@ -180,12 +180,11 @@ class Deployment:
     def server_pid(self, name: str) -> int | None:
         return self.servers.children[name].pid
 
-    def link(self, name: str, choice: random.Random) -> list[Proxy]:
+    def link(self, name: str, program: str) -> list[Proxy]:
         """`node-postgres` is one node's way to Postgres; `valkey-link` everybody's to Valkey."""
         if name == "valkey-link":
             return [ways["valkey"] for ways in self.links.values()]
-        kind, server = name.split("-")
-        return [self.links[choice.choice(self.of_kind(kind)).name][server]]
+        return [self.links[program][name.partition("-")[2]]]
 
     def end_sessions(self) -> None:
         with suppress(psycopg.Error), psycopg.connect(self.servers.admin_url, connect_timeout=3) as connection:
@@ -231,8 +230,17 @@ class Deployment:
         return problems
 
     def history(self, told: list[Told]) -> History:
-        grace_s = float((CLOCKS | self.clocks)["STOP_GRACE_S"])
-        return history.collect(self.fleet, told, grace_s, self.hurt, self.blocked, books(self.fleet))
+        clocks = CLOCKS | self.clocks
+        return history.collect(
+            self.fleet,
+            told,
+            float(clocks["STOP_GRACE_S"]),
+            self.hurt,
+            self.blocked,
+            books(self.fleet),
+            self.killed,
+            float(clocks["LEASE_S"]),
+        )
 
     def close(self, *, keep: bool = False) -> None:
         """End it all. `keep` leaves the logs where they are, for whoever wants to know why."""

@@ -59,6 +59,8 @@ class Try:
     """When an operator or a budget asked it to stop, and by when it had to be gone."""
     kept: int = 0
     """The newest step of which it stored a checkpoint."""
+    node: str = ""
+    """Of which it had its devices, as the deployment calls it."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,36 @@ class Blocked:
     """The order to lift it had not been sent yet."""
     said: dict[uuid.UUID, str] = field(default_factory=dict)
     """At the end: of each of its jobs that had been waiting for a while, the code of its reason."""
+
+
+@dataclass(frozen=True)
+class Hurt:
+    """A fault from its beginning until it is got over, in seconds since 1970; it excuses only what it can touch."""
+
+    since: float
+    until: float
+    kind: str
+    """Of the victim, as `nemesis` calls it."""
+    node: str = ""
+    """Whose process, link or disk it was."""
+    attempt: uuid.UUID | None = None
+    """Whose trainer or supervisor it was."""
+
+    def touches(self, each: Try) -> bool:
+        """What a supervisor needs to stop in order: its trainer, its node's disk and links, Postgres. Nobody else
+        has a part in that: Valkey only makes it hear sooner."""
+        match self.kind:
+            case "postgres" | "backends":
+                return True
+            case "trainer" | "supervisor":
+                return self.attempt == each.id
+            case "node" | "disk" | "node-postgres" | "node-s3":
+                return self.node == each.node
+        return False
+
+    def touches_the_queue(self) -> bool:
+        """What the scheduler needs to say why a job waits."""
+        return self.kind in ("scheduler", "scheduler-postgres", "postgres", "backends")
 
 
 @dataclass(frozen=True)
@@ -116,10 +148,11 @@ class History:
     """What Postgres' own record says against the scheduler: see `record`."""
     killed: dict[uuid.UUID, float] = field(default_factory=dict)
     """Attempts of which a process was killed, and when."""
-    hurt: Sequence[tuple[float, float]] = ()
-    """When something was wrong, or had just been."""
+    hurt: Sequence[Hurt] = ()
     blocked: Sequence[Blocked] = ()
     books: Sequence[Books] = ()
+    detection_s: float = 90
+    """A dead process is noticed, and its attempt ended, within so long."""
 
     def detections(self) -> list[float]:
         """Seconds from each kill to the end of the attempt that it cost; one that was done anyway is none."""

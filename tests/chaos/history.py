@@ -9,22 +9,22 @@ import hashlib
 import re
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import select, text
 
 from tests.chaos import record, witness
-from tests.chaos.evidence import Blocked, Books, Ended, History, Stored, Told, Try, Version
+from tests.chaos.evidence import Blocked, Books, Ended, History, Hurt, Stored, Told, Try, Version
 from tests.fleet import Fleet
 from tunery import attempt_logs, ids
-from tunery.models import AdapterVersion, Attempt, Checkpoint, Job
+from tunery.models import AdapterVersion, Attempt, Checkpoint, Job, Node
 from tunery.states import LIVE_ATTEMPT, TERMINAL
 from worker import processes
 
 OPEN_JOBS = select(Job.id, Job.state).where(Job.state.not_in(sorted(TERMINAL)))
-DETECTION_S = 90
-"""A dead process is noticed, and its attempt ended, within so long with production clocks."""
+_TIME_TO_LOOK_S = 5
+"""Many passes of the scheduler, with production clocks too."""
 SECRET = re.compile(r"ftk_live_\w{12}_\w{38}|postgresql://[^:/\s]+:[^@\s]+@|redis://[^:/\s]*:[^@\s]+@")
 """An API key, or a URL with its password."""
 
@@ -33,9 +33,11 @@ def collect(
     fleet: Fleet,
     told: list[Told],
     grace_s: float = 0,
-    hurt: Sequence[tuple[float, float]] = (),
+    hurt: Sequence[Hurt] = (),
     blocked: Sequence[Blocked] = (),
     books: Sequence[Books] = (),
+    killed: Mapping[uuid.UUID, float] | None = None,
+    lease_s: float = 45,
 ) -> History:
     """The evidence, once everything has come to rest. `grace_s` is what who is asked to stop has to do so."""
     objects = dict.fromkeys(fleet.storage.keys("a/"))
@@ -51,6 +53,7 @@ def collect(
         jobs = {job.id: _ended(session, job) for job in session.scalars(select(Job))}
         steps, kept = _steps(session), _kept(session)
         attempts = list(session.scalars(select(Attempt).order_by(Attempt.job_id, Attempt.no)))
+        nodes = {row.id: row.name for row in session.execute(select(Node.id, Node.name))}
     for version in versions:
         for key in version.files:
             objects[key] = _sha256(fleet, key) if key in objects else None
@@ -70,6 +73,7 @@ def collect(
             row.assigned_at.timestamp(),
             _asked(row, grace_s),
             kept.get(row.id, 0),
+            nodes[row.node_id].removesuffix(f"-{fleet.database}"),
         )
         for row in attempts
     ]
@@ -84,10 +88,17 @@ def collect(
         {str(row.id): pids for row in attempts if (pids := processes.marked(str(row.id)))},
         {str(path): path.read_text(errors="replace") for path in fleet.home.rglob("*.log")},
         record.against(fleet),
+        killed=dict(killed or {}),
         hurt=hurt,
         blocked=blocked,
         books=books,
+        detection_s=detection_s(lease_s),
     )
+
+
+def detection_s(lease_s: float) -> float:
+    """The time to notice a death: two leases, and no less than an overloaded machine may take for anything."""
+    return max(2 * lease_s, 45)
 
 
 def violations(history: History) -> list[str]:
@@ -211,8 +222,9 @@ def _secrets(history: History) -> Iterator[str]:
 
 
 def _detected(history: History) -> Iterator[str]:
-    if late := [each for each in history.detections() if each > DETECTION_S]:
-        yield f"{len(late)} deaths were noticed after more than {DETECTION_S} s, the last after {max(late):.0f} s"
+    most = history.detection_s
+    if late := [each for each in history.detections() if each > most]:
+        yield f"{len(late)} deaths were noticed after more than {most:.0f} s, the last after {max(late):.0f} s"
 
 
 def _budgets(history: History) -> Iterator[str]:
@@ -221,10 +233,10 @@ def _budgets(history: History) -> Iterator[str]:
         for each in history.tries:
             if each.project_id == window.project_id and window.since < each.began < window.until:
                 yield f"attempt {each.no} of job {each.job_id} began while its project's budget was used up"
-        if not _hurt(history, window.since, window.until) and window.until - window.since > 2:
-            for job_id, code in window.said.items():
-                if code != "blocked":
-                    yield f"job {job_id} waits for its project's budget and says {code}"
+    for window in judged_windows(history):
+        for job_id, code in window.said.items():
+            if code != "blocked":
+                yield f"job {job_id} waits for its project's budget and says {code}"
     for book in history.books:
         if abs(book.told - book.charged) > 1e-2:
             yield f"project {book.project_id} is told of {book.told} GPU-seconds and was charged {book.charged}"
@@ -232,19 +244,38 @@ def _budgets(history: History) -> Iterator[str]:
 
 def _stops(history: History) -> Iterator[str]:
     """Who is asked to stop by a budget or a drain saves its last step; only a trainer that does not go is killed."""
-    for each in history.tries:
-        if each.asked is None or each.state != "preempted" or not each.steps or each.kept >= each.steps[-1]:
-            continue
-        at, by = each.asked
-        if each.ended_at is not None and each.ended_at < by and not _hurt(history, at, each.ended_at):
+    for each in judged_stops(history):
+        if each.kept < each.steps[-1]:
             yield (
                 f"attempt {each.no} of job {each.job_id} was asked to stop at a checkpoint: its last is of step "
                 f"{each.kept}, and it had come to {each.steps[-1]}"
             )
 
 
-def _hurt(history: History, since: float, until: float) -> bool:
-    return any(began < until and since < over for began, over in history.hurt)
+def judged_stops(history: History) -> list[Try]:
+    """Those that were asked to stop, had come to a step, went in their grace, and that no fault touched meanwhile."""
+
+    def went_in_order(each: Try) -> bool:
+        if each.asked is None or each.state != "preempted" or not each.steps or each.ended_at is None:
+            return False
+        (at, by), over = each.asked, each.ended_at
+        return over < by and not any(one.touches(each) for one in _meanwhile(history, at, over))
+
+    return [each for each in history.tries if went_in_order(each)]
+
+
+def judged_windows(history: History) -> list[Blocked]:
+    """Times of used-up budgets at whose end the scheduler had had time to say of every job why it waits."""
+
+    def looked_at(window: Blocked) -> bool:
+        since = max(window.since, window.until - _TIME_TO_LOOK_S)
+        return not any(one.touches_the_queue() for one in _meanwhile(history, since, window.until))
+
+    return [window for window in history.blocked if window.until - window.since > 2 and looked_at(window)]
+
+
+def _meanwhile(history: History, since: float, until: float) -> list[Hurt]:
+    return [each for each in history.hurt if each.since < until and since < each.until]
 
 
 CHECKS = (

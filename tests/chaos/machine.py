@@ -125,7 +125,7 @@ class Survives(RuleBasedStateMachine):
         type(self).played += 1
         program = self.nemesis.any_of(kind)
         for_s = random.Random(self.examples).uniform(0, 1)
-        with self.nemesis.hurting() as lasts:
+        with self.nemesis.hurting(kind, program.name) as lasts:
             program.signal(signal.SIGTERM)
             self.nemesis.later(for_s, program.start)
             lasts(for_s)

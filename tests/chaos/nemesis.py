@@ -25,6 +25,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
 from tests.chaos.deployment import Deployment, Program
+from tests.chaos.evidence import Hurt
 from tests.chaos.faults import PASS, SLOW_DOWN, Fault, blackhole, hold, http_error, latency, refuse, reset
 from tests.chaos.treasury import Treasury
 from tests.chaos.workload import Workload
@@ -71,6 +72,8 @@ class Victim:
     state: str
     busy: bool
     job: str | None = None
+    place: str = ""
+    """The program whose process, link or disk it is; of a trainer or a supervisor, its attempt."""
 
 
 def deck(count: int, seed: int, least: int = 0) -> list[str]:
@@ -92,7 +95,7 @@ class Nemesis:
         self.spared = 0
         """How often it waited because one more fault would have been a job's third in a row without progress."""
         self._random = random.Random(seed)
-        self._treasury = Treasury(deployment, workload, seed)
+        self.treasury = Treasury(deployment, workload, seed)
         self._scale = scale
         """Of every duration; production clocks need longer outages than shortened ones."""
         self._began = time.monotonic()
@@ -108,7 +111,7 @@ class Nemesis:
                 break  # an idle victim will do; nobody at all, or a job's last life, is worth a longer wait
             time.sleep(0.05)
         now = time.time()
-        with self.hurting(kind not in ORDERS) as lasts:
+        with self.hurting(kind, victim.place) as lasts:
             how, for_s = self._hit(victim, manner)
             lasts(for_s)
         struck = Struck(
@@ -116,25 +119,25 @@ class Nemesis:
             victim.job, round(for_s, 2), now,
         )  # fmt: skip
         self.struck.append(struck)
+        if kind in ("trainer", "supervisor") and how == "SIGKILL":
+            self.deployment.killed.setdefault(uuid.UUID(victim.place), now)
         self._hit_already.add((kind, victim.name.rpartition(" ")[2]))
         return struck
 
-    def killed(self) -> dict[uuid.UUID, float]:
-        """Attempts whose trainer or supervisor was killed, and when it was first."""
-        found: dict[uuid.UUID, float] = {}
-        for each in self.struck:
-            kind, _, attempt = each.victim.partition(" of ")
-            if attempt and each.how == "SIGKILL" and kind in ("trainer", "supervisor"):
-                found.setdefault(uuid.UUID(attempt), each.time)
-        return found
-
     @contextlib.contextmanager
-    def hurting(self, really: bool = True) -> Iterator[Callable[[float], None]]:
-        """Note the time in which little can be expected: while a fault lasts, and until it is got over."""
+    def hurting(self, kind: str, place: str = "") -> Iterator[Callable[[float], None]]:
+        """Note the time in which little can be expected of whom the fault touches: while it lasts, and until it is
+        got over."""
         began, lasted = time.time(), [0.0]
         yield lasted.append
-        if really:
-            self.deployment.hurt.append((began, time.time() + max(lasted) + _GOT_OVER_S * self._scale))
+        if kind in ORDERS:
+            return
+        over = time.time() + max(lasted) + _GOT_OVER_S * self._scale
+        if kind in ("trainer", "supervisor"):
+            hurt = Hurt(began, over, kind, attempt=uuid.UUID(place) if place else None)
+        else:
+            hurt = Hurt(began, over, kind, node=place)
+        self.deployment.hurt.append(hurt)
 
     def later(self, seconds: float, mend: Callable[[], Any]) -> None:
         """On a thread of its own: nothing that is to be mended waits for anything else."""
@@ -185,7 +188,9 @@ class Nemesis:
             if (pids := self.deployment.pids(kind, attempt.id)) and not again:
                 state = f"attempt {attempt.no} {attempt.state}, step {self.deployment.step(attempt.job_id)}"
                 busy = attempt.state in ("running", "publishing") or kind == "supervisor"
-                found.append(Victim(kind, f"{kind} of {attempt.id}", pids[0], state, busy, str(attempt.job_id)))
+                found.append(
+                    Victim(kind, f"{kind} of {attempt.id}", pids[0], state, busy, str(attempt.job_id), str(attempt.id))
+                )
         busy = [each for each in found if each.busy]
         return self._random.choice(busy or found or [Victim(kind, kind, None, "none runs", busy=False)])
 
@@ -193,7 +198,8 @@ class Nemesis:
         program = self._random.choice(self.deployment.of_kind("node"))
         lives = [each for each in self._live() if self.deployment.node_of(each.node_id) == program.name]
         state = f"{len(lives)} attempts" + "".join(f", {each.state}" for each in lives)
-        return Victim("node", program.name, program.pid, state, program.pid is not None and bool(lives))
+        busy = program.pid is not None and bool(lives)
+        return Victim("node", program.name, program.pid, state, busy, place=program.name)
 
     def _scheduler(self) -> Victim:
         with self._look() as session:
@@ -211,13 +217,19 @@ class Nemesis:
         state = f"{len(self.workload.live())} jobs, {len(live) or 'no known'} attempts"
         pid = self.deployment.server_pid(kind) if kind in ("valkey", "postgres") else None
         up = pid is not None or kind not in ("valkey", "postgres")
-        return Victim(kind, kind, pid, state, up and bool(self.workload.live()))
+        return Victim(kind, kind, pid, state, up and bool(self.workload.live()), place=self._whose(kind))
+
+    def _whose(self, kind: str) -> str:
+        """The program whose link is cut, or whose disk hangs; nobody's own is everybody's."""
+        if kind == "disk":
+            return self._random.choice(sorted(self.deployment.disks) or [""])
+        return self.any_of(kind.partition("-")[0]).name if kind in LINKS and kind != "valkey-link" else ""
 
     # ---- how -----------------------------------------------------------------------------------------------------
 
     def _hit(self, victim: Victim, manner: str | None) -> tuple[str, float]:
         if victim.kind in LINKS:
-            return self._cut(victim.kind)
+            return self._cut(victim)
         if victim.kind == "flush":
             with contextlib.suppress(RedisError):
                 Redis.from_url(self.deployment.redis_url, socket_timeout=2).flushall()
@@ -226,7 +238,7 @@ class Nemesis:
             self.deployment.end_sessions()
             return "every session ended", 0
         if victim.kind == "disk":
-            return self._freeze()
+            return self._freeze(victim)
         if victim.kind == "drain":
             return self._drain()
         if victim.kind == "budget":
@@ -247,10 +259,9 @@ class Nemesis:
             _signal(victim.pid, signal.SIGKILL)
         return "SIGKILL", for_s
 
-    def _freeze(self) -> tuple[str, float]:
-        if not self.deployment.disks:
+    def _freeze(self, victim: Victim) -> tuple[str, float]:
+        if (disk := self.deployment.disks.get(victim.place)) is None:
             return "no disk to hang", 0
-        disk = self._random.choice(list(self.deployment.disks.values()))
         for_s = self._scale * self._random.uniform(0.3, 4)
         if not disk.freeze():
             return "disk hangs already", 0
@@ -269,9 +280,9 @@ class Nemesis:
     def _run_out(self) -> tuple[str, float]:
         """An operator sets a budget that is used up, and lifts it after a while."""
         for_s = self._scale * self._random.uniform(3, 10)
-        if (project_id := self._treasury.run_out()) is None:
+        if (project_id := self.treasury.run_out()) is None:
             return "nobody took the order to set a budget", 0
-        self.later(for_s, lambda: self._treasury.lift(project_id))
+        self.later(for_s, lambda: self.treasury.lift(project_id))
         return "budget used up", for_s
 
     def _pause(self, victim: Victim) -> tuple[str, float]:
@@ -281,10 +292,10 @@ class Nemesis:
         self.later(for_s, lambda: _signal(victim.pid, signal.SIGCONT))
         return "SIGSTOP", for_s
 
-    def _cut(self, link: str) -> tuple[str, float]:
-        proxies = self.deployment.link(link, self._random)
+    def _cut(self, victim: Victim) -> tuple[str, float]:
+        proxies = self.deployment.link(victim.kind, victim.place)
         for_s = self._scale * self._random.uniform(0.3, 6)
-        http = link.endswith("s3")
+        http = victim.kind.endswith("s3")
         kinds: dict[str, Fault] = {
             "refuse": refuse(),
             "hold": hold(),

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from tests.chaos import witness
-from tests.chaos.evidence import Blocked, Books, Ended, History, Stored, Told, Try, Version
-from tests.chaos.history import violations
+from tests.chaos.evidence import Blocked, Books, Ended, History, Hurt, Stored, Told, Try, Version
+from tests.chaos.history import detection_s, judged_stops, judged_windows, violations
 from tunery import ids
 
 JOB, FIRST, SECOND, PROJECT = uuid.uuid4(), uuid.uuid4(), uuid.uuid4(), uuid.uuid4()
@@ -38,6 +38,7 @@ def true_history() -> History:
                 1000.0,
                 None,
                 10,
+                "node-a",
             ),
             Try(
                 SECOND,
@@ -78,6 +79,11 @@ def stopped(history: History, **changes: object) -> None:
     """The first attempt was asked to stop at 1029, had five seconds, and went at 1030."""
     asked: dict[str, object] = {"state": "preempted", "failure": "", "asked": (1029.0, 1034.0)}
     history.tries[0] = dataclasses.replace(history.tries[0], **asked | changes)
+
+
+def hurt(history: History, kind: str, node: str = "", attempt: uuid.UUID | None = None) -> None:
+    """While the first attempt was stopping."""
+    history.hurt = [Hurt(1029.5, 1029.6, kind, node, attempt)]
 
 
 def job(history: History, **changes: object) -> None:
@@ -130,7 +136,9 @@ EXCUSED: dict[str, Callable[[History], object]] = {
         h.checkpoints.append(Stored(JOB, 12, frozenset())),
     ),
     "it did not go in its grace": lambda h: stopped(h, ended_at=1035.0),
-    "something was wrong meanwhile": lambda h: (stopped(h), setattr(h, "hurt", [(1029.5, 1029.6)])),
+    "its supervisor was paused": lambda h: (stopped(h), hurt(h, "supervisor", attempt=FIRST)),
+    "its node lost the store": lambda h: (stopped(h), hurt(h, "node-s3", node="node-a")),
+    "nobody had a database": lambda h: (stopped(h), hurt(h, "postgres")),
     "nothing was lost: it had come to no step": lambda h: (
         stopped(h, steps=()),
         second(h, start_step=0, steps=tuple(range(1, 21))),
@@ -138,9 +146,21 @@ EXCUSED: dict[str, Callable[[History], object]] = {
     "another project's budget": lambda h: setattr(h, "blocked", [Blocked(uuid.uuid4(), 1040, 1055, {})]),
     "a scheduler was away": lambda h: (
         setattr(h, "blocked", [Blocked(PROJECT, 1040, 1045, {JOB: "busy"})]),
-        setattr(h, "hurt", [(1042, 1043)]),
+        setattr(h, "hurt", [Hurt(1042, 1043, "scheduler", "scheduler-1")]),
     ),
 }
+"""Why a stop or a wait may not be judged."""
+INNOCENT: dict[str, Callable[[History], object]] = {
+    "another job's trainer": lambda h: hurt(h, "trainer", attempt=SECOND),
+    "another job's supervisor": lambda h: hurt(h, "supervisor", attempt=uuid.uuid4()),
+    "another node's disk": lambda h: hurt(h, "disk", node="node-b"),
+    "another node's link": lambda h: hurt(h, "node-postgres", node="node-b"),
+    "the api's link": lambda h: hurt(h, "api-postgres", node="api"),
+    "the scheduler": lambda h: hurt(h, "scheduler", node="scheduler-1"),
+    "Valkey": lambda h: hurt(h, "valkey"),
+    "what was over before": lambda h: setattr(h, "hurt", [Hurt(1020, 1028.9, "postgres")]),
+}
+"""What is no excuse for a stop without its last step."""
 
 
 @pytest.mark.parametrize("why", EXCUSED)
@@ -148,6 +168,33 @@ def test_a_stop_is_judged_by_what_it_could_do(why):
     history = true_history()
     EXCUSED[why](history)
     assert violations(history) == []
+
+
+@pytest.mark.parametrize("what", INNOCENT)
+def test_a_fault_excuses_only_what_it_can_touch(what):
+    history = true_history()
+    stopped(history)
+    INNOCENT[what](history)
+    assert [each.id for each in judged_stops(history)] == [FIRST]
+    assert any("was asked to stop at a checkpoint" in each for each in violations(history))
+
+
+@pytest.mark.parametrize("kind", ["trainer", "supervisor", "node", "disk", "node-s3", "api", "api-postgres", "valkey"])
+def test_no_fault_but_the_schedulers_excuses_what_a_waiting_job_is_told(kind):
+    history = true_history()
+    history.blocked = [Blocked(PROJECT, 1040, 1045, {JOB: "busy"})]
+    history.hurt = [Hurt(1042, 1043, kind, "node-a")]
+    assert judged_windows(history) == history.blocked
+    assert any("and says busy" in each for each in violations(history))
+
+
+def test_a_death_is_noticed_within_two_leases_or_what_an_overloaded_machine_takes():
+    assert (detection_s(45), detection_s(3)) == (90, 45)
+    history = true_history()
+    history.killed = {FIRST: 980.0}
+    assert violations(history) == []
+    history.detection_s = detection_s(3)
+    assert any("noticed after more than 45 s" in each for each in violations(history))
 
 
 def test_a_cancelled_job_need_not_succeed():

@@ -47,6 +47,8 @@ class Treasury:
         self._projects, self._workload, self._random = deployment.projects, workload, random.Random(seed)
         self._low: dict[uuid.UUID, threading.Event] = {}
         """Projects whose budget is low, and what ends the look at each."""
+        self.ordered = 0
+        """Budgets that somebody took the order to set."""
         self._looks: dict[uuid.UUID, threading.Thread] = {}
         self._sent: set[threading.Event] = set()
         """What was lifted by an order that is on its way: too late to say anything of it."""
@@ -68,6 +70,7 @@ class Treasury:
         if self._workload.order("PUT", path, json={"monthly_gpu_hours": limit}) is None:
             self.lift(project_id)  # the answer may have been lost on its way
             return None
+        self.ordered += 1
         self._looks[project_id] = look = threading.Thread(target=self._look, args=(project_id, lifted), daemon=True)
         look.start()
         return project_id
