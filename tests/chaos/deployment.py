@@ -275,6 +275,8 @@ class Deployment:
     # ---- helpers -------------------------------------------------------------------------------------------------
 
     def _restless(self, workload: Workload) -> list[str]:
+        if workload.submits_its_last():
+            return ["a job is still being submitted"]
         with self.fleet.look() as session:
             open_jobs = session.execute(history.OPEN_JOBS).all()
             blocked = session.execute(select(Project.name).where(Project.blocked.is_not(None))).all()

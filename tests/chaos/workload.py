@@ -72,6 +72,10 @@ class Workload:
         """No new jobs; those that are there are watched to their end."""
         self._enough.set()
 
+    def submits_its_last(self) -> bool:
+        """After `enough`: one more job is on its way."""
+        return self._enough.is_set() and self._threads[0].is_alive()
+
     def finish(self) -> list[Told]:
         self._over.set()
         for thread in self._threads:
@@ -139,7 +143,9 @@ class Workload:
 
     def _submit_on(self) -> None:
         while not self._over.wait(0.1):
-            if self._enough.is_set() or len(self.live()) >= self._wanted:
+            if self._enough.is_set():
+                return
+            if len(self.live()) >= self._wanted:
                 continue
             told = self.submit()
             if told is not None and self._random.random() < self._cancels:
