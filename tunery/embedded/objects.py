@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from botocore.auth import SigV4Auth
+from botocore.auth import S3SigV4Auth, SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
@@ -17,6 +17,8 @@ from tunery.embedded.process import Child, Command
 
 BUCKET = "tunery"
 REGION = "us-east-1"
+READY = "ready"
+"""An object that every start reads. Nothing of ours lies beside `u/` and `a/`."""
 PORTS = ("s3", "filer", "master", "volume", "admin")
 GRPC_OFFSET = 10000
 _UNIX_PATH_LIMIT = 100
@@ -115,30 +117,46 @@ def identities(root: Key, node: Key, tidy: Key) -> dict[str, object]:
 
 
 def bucket_ready(endpoint_url: str, root: Key) -> bool:
-    """Ready is: the bucket is there. A first start makes it."""
+    """Ready is: the bucket is there, and what lies in it can be read. A first start makes both.
+
+    The volumes are known a moment after the S3 port answers; until then every object is an internal error.
+    """
     try:
         status, _ = signed("HEAD", endpoint_url, root)
         if status == 404:
             status, _ = signed("PUT", endpoint_url, root)
+        if status != 200:
+            return False
+        status, _ = signed("GET", endpoint_url, root, object_key=READY)
+        if status == 404:
+            status, _ = signed("PUT", endpoint_url, root, object_key=READY, body=READY.encode())
     except OSError:
         return False
     return status == 200
 
 
 def signed(
-    method: str, endpoint_url: str, key: Key, bucket: str = BUCKET, region: str = REGION, timeout_s: float = 5
+    method: str,
+    endpoint_url: str,
+    key: Key,
+    bucket: str = BUCKET,
+    region: str = REGION,
+    timeout_s: float = 5,
+    object_key: str = "",
+    body: bytes = b"",
 ) -> tuple[int, str | None]:
-    """Status and date of the answer to a request for the bucket. OSError when there is none.
+    """Status and date of the answer to a request for the bucket, or an object in it. OSError when there is none.
 
     boto3 itself would cost as long to import as the server takes to start.
     """
-    place = urlsplit(f"{endpoint_url.rstrip('/')}/{bucket}")
-    request = AWSRequest(method=method, url=place.geturl(), data=b"")
-    SigV4Auth(Credentials(*key), "s3", region).add_auth(request)
+    place = urlsplit(f"{endpoint_url.rstrip('/')}/{bucket}" + (f"/{object_key}" if object_key else ""))
+    request = AWSRequest(method=method, url=place.geturl(), data=body)
+    auth = S3SigV4Auth if object_key else SigV4Auth
+    auth(Credentials(*key), "s3", region).add_auth(request)
     kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
     connection = kind(place.hostname or ports.HOST, place.port, timeout=timeout_s)
     try:
-        connection.request(method, place.path, headers=dict(request.headers.items()))
+        connection.request(method, place.path, body=body or None, headers=dict(request.headers.items()))
         answer = connection.getresponse()
         return answer.status, answer.headers["date"]
     except http.client.HTTPException as error:
