@@ -20,9 +20,11 @@ def build(snapshot: Snapshot) -> World:
     world.engines = sorted(snapshot.engines, key=lambda engine: engine.id)
     _add_tenants(world)
     _add_running(world)
+    held = {hold.job_id.int for hold in snapshot.holds}  # a UUID's own comparison is slow
+    waiting = {job.id.int: job for job in snapshot.jobs if job.id.int in held} if held else {}
     for hold in sorted(snapshot.holds, key=lambda hold: hold.job_id):
         if hold.kind is HoldKind.PREEMPTION and _still_good(world, hold):
-            job = next((one for one in snapshot.jobs if one.id == hold.job_id), None)
+            job = waiting.get(hold.job_id.int)
             if job is not None:
                 world.keep(job, hold)
     return world
