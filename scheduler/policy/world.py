@@ -34,6 +34,8 @@ class World:
     """Pre-emption holds, by job."""
     _kept_until: dict[uuid.UUID, tuple[uuid.UUID, Occupant]] = field(default_factory=dict)
     """By job: the node, and what it will be there."""
+    _coming_to: dict[uuid.UUID, list[Occupant]] = field(default_factory=lambda: defaultdict(list))
+    """By node: the same."""
     engines: list[EngineView] = field(default_factory=list)
     sizes: tuple[int, ...] = ()
     _nowhere: set[tuple[Kind, uuid.UUID | None]] = field(default_factory=set)
@@ -390,6 +392,7 @@ class World:
         one = Occupant(until, mask, job.project_id, self._rate_of(hold))
         self.kept[job.id] = job, hold
         self._kept_until[job.id] = hold.node_id, one
+        self._coming_to[hold.node_id].append(one)
         node.kept |= mask
         for party in self.parties(job):
             party.take(one, len(hold.gpu_ids))
@@ -402,13 +405,14 @@ class World:
         node = self.nodes[hold.node_id]
         node.kept &= ~node.mask(hold.gpu_ids)
         self._nowhere.clear()
-        _, one = self._kept_until.pop(job_id)
+        node_id, one = self._kept_until.pop(job_id)
+        self._coming_to[node_id] = [other for other in self._coming_to[node_id] if other is not one]
         for party in self.parties(job):
             party.leave(one, len(hold.gpu_ids))
 
-    def _coming(self, node: Node) -> Iterator[Occupant]:
+    def _coming(self, node: Node) -> list[Occupant]:
         """Those for whom devices of the node are kept."""
-        return (one for node_id, one in self._kept_until.values() if node_id == node.view.id)
+        return self._coming_to[node.view.id]
 
     def _rate_of(self, hold: Hold) -> float:
         node = self.nodes[hold.node_id]
