@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from scheduler.policy import schedule
 from scheduler.simulation import Policy, Simulation, Work
-from tests.policy_invariants import EPSILON, claim
+from tests.policy_cluster import EPSILON
+from tests.policy_invariants import claim
 from tests.policy_worlds import GIB
 from tunery.contracts.scheduling import GpuView, JobView, NodeView, Plan, PolicySettings, Snapshot, Tenant
 

@@ -92,6 +92,8 @@ class _Explainer:
 
     def _capped(self, job: JobView, project: Party, organization: Party) -> Reason | None:
         """By the cheapest devices that could take it, or, where those are busy, by the cheapest that are free."""
+        if not (project.limited or organization.limited):
+            return None
         needs, counts = self._world.cost(job), self._world.cheapest(job)
         for cost, more in ((needs, ()), (counts, (("counts", round(counts or 0.0, 3)),))):
             for party, code in ((project, WaitCode.PROJECT_CAP), (organization, WaitCode.ORGANIZATION_CAP)):

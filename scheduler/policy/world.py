@@ -4,7 +4,7 @@ import math
 import uuid
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from scheduler.policy.parts import EPSILON, Kind, Node, Occupant, Party, Place, Reservation
@@ -32,10 +32,8 @@ class World:
     """By GPU class."""
     kept: dict[uuid.UUID, tuple[JobView, Hold]] = field(default_factory=dict)
     """Pre-emption holds, by job."""
-    _kept_until: dict[uuid.UUID, tuple[uuid.UUID, Occupant]] = field(default_factory=dict)
-    """By job: the node, and what it will be there."""
-    _coming_to: dict[uuid.UUID, list[Occupant]] = field(default_factory=lambda: defaultdict(list))
-    """By node: the same."""
+    _coming_to: dict[uuid.UUID, dict[uuid.UUID, Occupant]] = field(default_factory=lambda: defaultdict(dict))
+    """By node and job: what those for whom devices are kept will be there."""
     engines: list[EngineView] = field(default_factory=list)
     sizes: tuple[int, ...] = ()
     _nowhere: set[tuple[Kind, uuid.UUID | None]] = field(default_factory=set)
@@ -391,8 +389,7 @@ class World:
         until = max(self.snapshot.now, hold.promised_at) + job.limit_s + settings.grace_s
         one = Occupant(until, mask, job.project_id, self._rate_of(hold))
         self.kept[job.id] = job, hold
-        self._kept_until[job.id] = hold.node_id, one
-        self._coming_to[hold.node_id].append(one)
+        self._coming_to[hold.node_id][job.id] = one
         node.kept |= mask
         for party in self.parties(job):
             party.take(one, len(hold.gpu_ids))
@@ -405,14 +402,13 @@ class World:
         node = self.nodes[hold.node_id]
         node.kept &= ~node.mask(hold.gpu_ids)
         self._nowhere.clear()
-        node_id, one = self._kept_until.pop(job_id)
-        self._coming_to[node_id] = [other for other in self._coming_to[node_id] if other is not one]
+        one = self._coming_to[hold.node_id].pop(job_id)
         for party in self.parties(job):
             party.leave(one, len(hold.gpu_ids))
 
-    def _coming(self, node: Node) -> list[Occupant]:
+    def _coming(self, node: Node) -> Iterable[Occupant]:
         """Those for whom devices of the node are kept."""
-        return self._coming_to[node.view.id]
+        return self._coming_to[node.view.id].values()
 
     def _rate_of(self, hold: Hold) -> float:
         node = self.nodes[hold.node_id]

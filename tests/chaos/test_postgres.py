@@ -205,6 +205,7 @@ def test_a_full_disk_is_a_503_and_everything_goes_on_when_there_is_space_again(
                 running.until(refused, 30)
                 ballast.unlink()
                 _api_waits_and_serves_again(running, mine, client)
+            assert mine.children["s3"].restarts == 1  # what failed to write its index might fail ever after
             succeeds(running, job_id, attempts=1, steps=80)
     finally:
         subprocess.run(["umount", "--lazy", home.root], check=True)
